@@ -1,0 +1,110 @@
+"""Workers as the router sees them: frozen snapshots, never live objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from diptych.core.kv_layout import KVLayout
+
+WorkerId = str
+Epoch = int
+
+
+class Role(StrEnum):
+    """A preference held by the router. Every worker can do both phases."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a worker serves. Workers of one fleet must agree on all of it (checked at hello)."""
+
+    name: str
+    digest: str  # of config, weights' names/shapes/sizes and tokenizer; "same model" in one string
+    vocab_size: int
+    max_model_len: int  # tokens, prompt and output together
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVEndpoint:
+    """Where a decode worker takes pages in.
+
+    `address` is where the data channel listens: `unix:PATH` or `tcp:HOST:PORT`. With transport "shm"
+    `memory` names the shared segment that pages are written to; with "tcp" pages follow in the frames.
+    """
+
+    transport: str  # "shm" | "tcp" | "local"
+    address: str
+    memory: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a worker says of itself when it registers."""
+
+    model: ModelInfo
+    layout: KVLayout
+    num_blocks: int
+    endpoints: tuple[KVEndpoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """A worker's load, as sent with each heartbeat and after each step that changed it."""
+
+    running: int = 0  # sequences that take part in steps
+    waiting: int = 0  # sequences that wait for blocks or for their turn
+    blocks_used: int = 0  # referenced by live requests (or by a writer not yet gone)
+    blocks_cached: int = 0  # kept for reuse, free to evict
+    prefill_tokens_queued: int = 0  # known tokens without KV, over all sequences
+    prefill_rate: float = 0.0  # tokens/s, measured over recent prefill steps; 0 while unknown
+    decode_step_seconds: float = 0.0  # recent mean of pure decode steps; 0 while unknown
+    preemptions: int = 0  # since start
+    handoffs_failed: int = 0  # since start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One worker at one moment, for routing and for `/fleet`."""
+
+    worker_id: WorkerId
+    role: Role
+    state: WorkerState
+    epoch: Epoch
+    pid: int = 0
+    num_blocks: int = 0
+    block_size: int = 16
+    token_bytes: int = 0  # KV bytes per token, all layers
+    transports: tuple[str, ...] = ()
+    stats: WorkerStats = field(default_factory=WorkerStats)
+
+    @property
+    def blocks_free(self) -> int:
+        return self.num_blocks - self.stats.blocks_used
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request is served. `prefill` is None when it is prefilled where it decodes."""
+
+    decode: WorkerId
+    prefill: WorkerId | None = None
+    transport: str = ""
+
+    def header(self) -> str:
+        """The value of `x-diptych-route`."""
+        if self.prefill is None:
+            return f"local={self.decode}"
+        return f"prefill={self.prefill};decode={self.decode};transport={self.transport}"

@@ -1,0 +1,109 @@
+"""The ports: narrow protocols between policy-driven shells and what they drive.
+
+`Engine` is per step, `Transport` moves bytes. Each ships with its fake: `engine.scripted` and
+`transfer.local`. (`Backend`, per worker, arrives with the adapters for upstream engines.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+from diptych.core.fleet import KVEndpoint, ModelInfo, Route, WorkerView
+from diptych.core.kv_layout import KVMemory, LayerTransfer
+from diptych.core.request import Request, SampledToken, TokenOutput
+from diptych.core.sequence import Batch
+from diptych.core.timeline import Timeline
+
+OnLayer = Callable[[int], None]
+AllocateKV = Callable[[int], memoryview]
+
+
+class Engine(Protocol):
+    """Computes steps of a model over a paged KV cache. Not thread-safe: one step at a time."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> KVMemory:
+        """Take `num_blocks` blocks of KV cache from `allocate(nbytes)` (zeroed, page-aligned bytes,
+        possibly shared with other processes). Called once, before the first step."""
+        ...
+
+    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+        """Compute KV for every row and sample where a row says so.
+
+        Returns one entry per row, None where the row does not sample. `on_layer(i)` is called, on the
+        calling thread, as soon as the KV of layer i has been written for all rows (0 to L-1, in order).
+        """
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Drop whatever is remembered for a request beyond its log (penalty counts). Harmless if unknown."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Connection(Protocol):
+    """A sender's way into one target's KV memory."""
+
+    def write(self, transfer: LayerTransfer, source: KVMemory) -> Sequence[memoryview]:
+        """Move one layer's ranges. Returns the bytes that must travel in the frame itself, in order of
+        the ranges: all of them for TCP, none for shared memory (already in place when this returns)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """A mechanism by which pages reach another worker."""
+
+    name: str
+
+    def register(self, memory: KVMemory) -> str:
+        """Make `memory` reachable; returns the name for `KVEndpoint.memory`."""
+        ...
+
+    def connect(self, endpoint: KVEndpoint, target: KVMemory | None) -> Connection: ...
+
+    def close(self) -> None: ...
+
+
+class TokenStream(Protocol):
+    """One accepted request, as the front sees it: an async iterator over its tokens.
+
+    Iteration ends after the token that carries `finish`; it raises a DiptychError if the request can
+    not go on. `route`, `num_cached_tokens` and the first phases of `timeline` are set when the first
+    token arrives; all of `timeline` when the last one has.
+    """
+
+    route: Route
+    num_cached_tokens: int
+    timeline: Timeline
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
+
+    def cancel(self) -> None:
+        """The client is gone, or has enough: stop in all pools. Idempotent; harmless after the end."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """What the front needs of the router."""
+
+    model: ModelInfo
+
+    def submit(self, request: Request) -> TokenStream:
+        """Accept a request. Raises OverloadedError or UnavailableError (with `retry_after`)."""
+        ...
+
+    def workers(self) -> list[WorkerView]: ...
+
+    def alive(self) -> bool:
+        """The router's own loop beats."""
+        ...
+
+    def ready(self) -> bool:
+        """Somebody can serve: at least one worker of each needed role is ready, and none is draining."""
+        ...

@@ -1,0 +1,215 @@
+"""Trains the recall model from nothing and writes a Hugging Face checkpoint folder.
+
+The list of codes grows as the model learns: a long list from the start leaves it copying an arbitrary
+code, while on two to four names it finds within minutes how to look a name up.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data import make_repetition, make_sample
+from tokenizer import build_tokenizer
+
+CONTEXT_LENGTH = 2048
+STAGES = (4, 8, 16, 32, 64, 118)
+ADVANCE_AT = 0.95
+QUESTIONS = 16
+POSITION_SCALE = 2.5
+IGNORED = -100
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A small Llama whose initial weights and rotary base suit looking things up.
+
+    The usual initial range of 0.02 is far below 1/sqrt(hidden size) here and stalls training. The high
+    rotary base leaves half of each head nearly blind to position, so names match across the whole prompt.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        prepare_weights(model)
+    return model
+
+
+def prepare_weights(model: LlamaForCausalLM) -> None:
+    """Start the first layer's head h attending h + 1 tokens back, and keep tokens visible behind it.
+
+    Looking a name up takes two steps that are of no use alone: mark each token with those before it, then
+    find the mark. Found by chance together they cost most of the training, so the first one is given.
+    """
+    config = model.config
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.3)
+        layer.mlp.down_proj.weight.mul_(0.3)
+    embedding = model.model.embed_tokens.weight
+    embedding.mul_(0.5 / config.initializer_range)
+    embedding[:, 0] = 1.0  # the same for every token, so that a head can attend by position alone
+    attention = model.model.layers[0].self_attn
+    half = config.hidden_size // config.num_attention_heads // 2
+    theta = config.rope_parameters["rope_theta"]
+    for pair in range(4):  # the fastest rotating pairs tell neighbours apart
+        angle = theta ** (-pair / half)
+        for group in range(config.num_key_value_heads):
+            attention.k_proj.weight[2 * half * group + pair, 0] = POSITION_SCALE
+        for head in range(config.num_attention_heads):
+            turn = angle * (head + 1)
+            attention.q_proj.weight[2 * half * head + pair, 0] = POSITION_SCALE * math.cos(turn)
+            attention.q_proj.weight[2 * half * head + half + pair, 0] = -POSITION_SCALE * math.sin(turn)
+
+
+def encode_samples(samples, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels of same-shaped samples; only answers and their end token carry a label."""
+    segments = []
+    for sample in samples:
+        for i, (prompt, answer) in enumerate(zip(sample.prompts, sample.answers, strict=True)):
+            start = tokenizer.bos_token if i == 0 else "\n"
+            segments += [start + prompt, answer + tokenizer.eos_token]
+    encoded = tokenizer(segments, add_special_tokens=False)["input_ids"]
+    per_sample = len(segments) // len(samples)
+    ids, labels = [], []
+    for first in range(0, len(segments), per_sample):
+        row, row_labels = [], []
+        for j, piece in enumerate(encoded[first : first + per_sample]):
+            row += piece
+            row_labels += piece if j % 2 else [IGNORED] * len(piece)
+        ids.append(row)
+        labels.append(row_labels)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def draw_batch(rng: random.Random, longest: int, tokens: int, tokenizer):
+    """One batch of equal lists, half of them of the longest size in play, the others shorter."""
+    facts = longest if rng.random() < 0.5 else rng.randint(2, longest)
+    size = max(1, tokens // (5 * facts + 10 * QUESTIONS))
+    newline = rng.random() < 0.5
+    samples = [make_sample(rng, facts, QUESTIONS, newline) for _ in range(size)]
+    return facts, *encode_samples(samples, tokenizer)
+
+
+def draw_repetitions(rng: random.Random, tokens: int, tokenizer):
+    """One batch of repeated random names, of a length drawn anew so that position alone does not help."""
+    names, copies = rng.randint(4, 24), 2
+    size = tokens // ((copies + 1) * (names + 1))
+    return encode_samples([make_repetition(rng, names, copies) for _ in range(size)], tokenizer)
+
+
+def answer_loss(model, ids, labels) -> tuple[torch.Tensor, float]:
+    """Cross-entropy over the answers, and the share of answer tokens right."""
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    chosen = targets != IGNORED
+    logits = model.lm_head(hidden[chosen])
+    targets = targets[chosen]
+    right = (logits.argmax(-1) == targets).float().mean()
+    return functional.cross_entropy(logits, targets), right.item()
+
+
+def build_optimizers(model, lr: float):
+    """Muon for the weight matrices, AdamW for the embedding and the norms."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def export(model, tokenizer, folder: Path) -> None:
+    """Write the bf16 checkpoint, the tokenizer and the generation defaults."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder, state_dict=state)
+    model.config.dtype = torch.float32
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    defaults = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False
+    )
+    defaults.save_pretrained(folder)
+
+
+def learning_rate(elapsed: float, step: int, args) -> float:
+    """Linear warm-up over steps, then a cosine to zero over the wall-clock budget."""
+    warm = min(1.0, (step + 1) / args.warmup)
+    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed / (60 * args.minutes))))
+
+
+def train(args) -> None:
+    """Train for the given minutes, exporting on the way so that every moment leaves a usable model."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = build_tokenizer(CONTEXT_LENGTH)
+    model = build_model(tokenizer)
+    optimizers = build_optimizers(model, args.lr)
+    print(f"parameters {sum(p.numel() for p in model.parameters())}, vocabulary {len(tokenizer)}", flush=True)
+    stage, accuracy, loss_mean, step = 0, 0.0, 5.0, 0; rl=5; ra=0
+    started = reported = exported = time.monotonic()
+    while (now := time.monotonic()) - started < 60 * args.minutes:
+        if stage == 0 and step % 2:
+            facts = 0
+            ids, labels = draw_repetitions(rng, args.tokens, tokenizer)
+        else:
+            facts, ids, labels = draw_batch(rng, STAGES[stage], args.tokens, tokenizer)
+        loss, right = answer_loss(model, ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(now - started, step, args)
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        if facts:
+            loss_mean += 0.05 * (loss.item() - loss_mean)
+        else:
+            rl += 0.05 * (loss.item() - rl); ra += 0.05 * (right-ra)
+        if facts == STAGES[stage]:
+            accuracy += 0.1 * (right - accuracy)
+        if now - reported > 10:
+            reported = now
+            record = {"s": round(now - started), "step": step, "facts": STAGES[stage]}
+            print(json.dumps(record | {"loss": round(loss_mean, 3), "exact": round(accuracy, 3), "rl":round(rl,3), "ra":round(ra,3)}), flush=True)
+        if accuracy > ADVANCE_AT and stage + 1 < len(STAGES):
+            stage, accuracy = stage + 1, 0.0
+        if now - exported > 300:
+            exported = now
+            export(model, tokenizer, args.out)
+    export(model, tokenizer, args.out)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--minutes", type=float, default=40.0)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--warmup", type=int, default=50, help="warm-up steps")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch, about")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    train(parse_arguments())
