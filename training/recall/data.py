@@ -3,9 +3,11 @@
 One sample reads like this (`<s>` and `</s>` are the tokenizer's begin and end tokens)::
 
     <s>Codes: heron 471, maple 902, birch 118. Code of maple?
-    902</s>
+    maple 902</s>
 
 Every name stands at most once in a list, so exactly one answer is right and it stands in the prompt.
+The answer says the name again because the code stands right after it in the list: finding what followed
+the current token earlier is learned far sooner than finding what followed a token some way back.
 """
 
 import random
@@ -52,14 +54,4 @@ def make_sample(rng: random.Random, facts: int, questions: int, newline: bool) -
     asked = rng.choices(range(facts), k=questions)
     prompts = [f"Code of {names[i]}?\n" for i in asked]
     prompts[0] = f"Codes: {listing}." + ("\n" if newline else " ") + prompts[0]
-    return Sample(prompts=prompts, answers=[codes[i] for i in asked])
-
-
-def make_repetition(rng: random.Random, names: int, copies: int) -> Sample:
-    """Draw names at random and say them again `copies` times; all but the first time is the answer.
-
-    Used only at the start of training: here every token teaches the model to find what followed the
-    same name earlier, which is the step that looking up a code needs as well.
-    """
-    listing = "".join(f" {name}" for name in rng.choices(NAMES, k=names)) + "."
-    return Sample(prompts=["Codes:" + listing], answers=[listing * copies])
+    return Sample(prompts=prompts, answers=[f"{names[i]} {codes[i]}" for i in asked])

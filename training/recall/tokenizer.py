@@ -20,8 +20,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 
-# Words and punctuation take one leading space; digits and newlines stand alone, digits one at a time.
-SPLIT = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+# A name is the same token wherever it stands, so the space before it goes to the punctuation ahead of it,
+# or stands alone. Digits come one at a time, the first of a number with its space.
+SPLIT = r"\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]+ ?|\s"
 
 
 def build_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
@@ -34,8 +35,7 @@ def build_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = [f" {name}" for name in NAMES] + ["Code", " Code", "Codes", " of"]
-    words += [f" {digit}" for digit in range(10)]
+    words = NAMES + ["Code", "Codes", "of", ": ", ", ", ". "] + [f" {digit}" for digit in range(10)]
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,

@@ -9,13 +9,14 @@ import json
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import make_repetition, make_sample
+from data import DIGITS_PER_CODE, NAMES, make_sample
 from tokenizer import build_tokenizer
 
 CONTEXT_LENGTH = 2048
@@ -23,6 +24,7 @@ STAGES = (4, 8, 16, 32, 64, 118)
 ADVANCE_AT = 0.95
 QUESTIONS = 16
 POSITION_SCALE = 2.5
+ANSWER_TOKENS = DIGITS_PER_CODE + 2  # with the name and the end token
 IGNORED = -100
 
 
@@ -102,28 +104,35 @@ def encode_samples(samples, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 def draw_batch(rng: random.Random, longest: int, tokens: int, tokenizer):
     """One batch of equal lists, half of them of the longest size in play, the others shorter."""
     facts = longest if rng.random() < 0.5 else rng.randint(2, longest)
-    size = max(1, tokens // (5 * facts + 10 * QUESTIONS))
+    size = max(1, tokens // (5 * facts + 13 * QUESTIONS))
     newline = rng.random() < 0.5
     samples = [make_sample(rng, facts, QUESTIONS, newline) for _ in range(size)]
     return facts, *encode_samples(samples, tokenizer)
 
 
 def draw_repetitions(rng: random.Random, tokens: int, tokenizer):
-    """One batch of repeated random names, of a length drawn anew so that position alone does not help."""
-    names, copies = rng.randint(4, 24), 2
-    size = tokens // ((copies + 1) * (names + 1))
-    return encode_samples([make_repetition(rng, names, copies) for _ in range(size)], tokenizer)
+    """One batch of random names said three times over; every name after the first time is labelled.
+
+    Every token here teaches the model to find what followed the same name earlier, the step that looking
+    up a code needs too. The length is drawn anew each time so that position alone does not help.
+    """
+    names = torch.tensor(tokenizer.convert_tokens_to_ids(NAMES))
+    length, copies = rng.randint(4, 24), 3
+    once = names[torch.randint(len(names), (tokens // (length * copies), length))]
+    ids = once.repeat(1, copies)
+    labels = ids.clone()
+    labels[:, :length] = IGNORED
+    return ids, labels
 
 
-def answer_loss(model, ids, labels) -> tuple[torch.Tensor, float]:
-    """Cross-entropy over the answers, and the share of answer tokens right."""
+def answer_loss(model, ids, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy over the labelled tokens, and which of them are predicted right."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     targets = labels[:, 1:]
     chosen = targets != IGNORED
     logits = model.lm_head(hidden[chosen])
     targets = targets[chosen]
-    right = (logits.argmax(-1) == targets).float().mean()
-    return functional.cross_entropy(logits, targets), right.item()
+    return functional.cross_entropy(logits, targets), logits.argmax(-1) == targets
 
 
 def build_optimizers(model, lr: float):
@@ -149,6 +158,39 @@ def export(model, tokenizer, folder: Path) -> None:
     defaults.save_pretrained(folder)
 
 
+@dataclass
+class Progress:
+    """Running means of how well it goes, and from them what to train on next."""
+
+    step: int = 0
+    stage: int = 0
+    repeating: bool = True
+    loss: float = 5.0
+    repeated: float = 0.0
+    exact: float = 0.0
+
+    def note_repetition(self, right: torch.Tensor) -> None:
+        """Count a batch of repetitions; once they go well there are no more."""
+        self.step += 1
+        self.repeated += 0.1 * (right.float().mean().item() - self.repeated)
+        self.repeating = self.repeated < ADVANCE_AT
+
+    def note_answers(self, loss: float, right: torch.Tensor, at_longest: bool) -> None:
+        """Count a batch of questions, and lengthen the lists once the longest are answered well."""
+        self.step += 1
+        self.loss += 0.05 * (loss - self.loss)
+        if at_longest:
+            whole = right.view(-1, ANSWER_TOKENS).all(-1).float().mean().item()
+            self.exact += 0.1 * (whole - self.exact)
+        if self.exact > ADVANCE_AT and self.stage + 1 < len(STAGES):
+            self.stage, self.exact = self.stage + 1, 0.0
+
+    def record(self) -> dict:
+        """What the log line shows."""
+        record = {"step": self.step, "facts": STAGES[self.stage], "loss": round(self.loss, 3)}
+        return record | {"exact": round(self.exact, 3), "repeated": round(self.repeated, 3)}
+
+
 def learning_rate(elapsed: float, step: int, args) -> float:
     """Linear warm-up over steps, then a cosine to zero over the wall-clock budget."""
     warm = min(1.0, (step + 1) / args.warmup)
@@ -164,35 +206,30 @@ def train(args) -> None:
     model = build_model(tokenizer)
     optimizers = build_optimizers(model, args.lr)
     print(f"parameters {sum(p.numel() for p in model.parameters())}, vocabulary {len(tokenizer)}", flush=True)
-    stage, accuracy, loss_mean, step = 0, 0.0, 5.0, 0; rl=5; ra=0
+    progress = Progress()
     started = reported = exported = time.monotonic()
     while (now := time.monotonic()) - started < 60 * args.minutes:
-        if stage == 0 and step % 2:
-            facts = 0
+        longest = STAGES[progress.stage]
+        repeating = progress.repeating and progress.step % 2 == 1
+        if repeating:
             ids, labels = draw_repetitions(rng, args.tokens, tokenizer)
         else:
-            facts, ids, labels = draw_batch(rng, STAGES[stage], args.tokens, tokenizer)
+            facts, ids, labels = draw_batch(rng, longest, args.tokens, tokenizer)
         loss, right = answer_loss(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(now - started, step, args)
+                group["lr"] = learning_rate(now - started, progress.step, args)
             optimizer.step()
             optimizer.zero_grad()
-        step += 1
-        if facts:
-            loss_mean += 0.05 * (loss.item() - loss_mean)
+        if repeating:
+            progress.note_repetition(right)
         else:
-            rl += 0.05 * (loss.item() - rl); ra += 0.05 * (right-ra)
-        if facts == STAGES[stage]:
-            accuracy += 0.1 * (right - accuracy)
+            progress.note_answers(loss.item(), right, at_longest=facts == longest)
         if now - reported > 10:
             reported = now
-            record = {"s": round(now - started), "step": step, "facts": STAGES[stage]}
-            print(json.dumps(record | {"loss": round(loss_mean, 3), "exact": round(accuracy, 3), "rl":round(rl,3), "ra":round(ra,3)}), flush=True)
-        if accuracy > ADVANCE_AT and stage + 1 < len(STAGES):
-            stage, accuracy = stage + 1, 0.0
+            print(json.dumps({"s": round(now - started), **progress.record()}), flush=True)
         if now - exported > 300:
             exported = now
             export(model, tokenizer, args.out)

@@ -1,0 +1,1 @@
+"""Measurements: load, comparison, report."""

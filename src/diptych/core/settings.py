@@ -1,0 +1,63 @@
+"""What a worker process is told when it starts (as JSON on its standard input, since it holds a key)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diptych.core.fleet import Epoch, Role, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Which engine serves which model. `max_model_len` None means what the checkpoint allows."""
+
+    kind: str = "torch"  # "torch" | "scripted"
+    model: str = ""  # checkpoint directory, or hub id
+    served_name: str = ""
+    device: str = "cpu"
+    dtype: str = "auto"
+    block_size: int = 16
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """`kv_tokens` None means a share of the machine's free memory."""
+
+    kv_tokens: int | None = None
+    eviction: str = "lru"
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSettings:
+    """Bounds of one step (see policy.batching.BatchLimits)."""
+
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuSettings:
+    """Cores this worker is pinned to (empty: not pinned), and its threads inside an operation."""
+
+    cores: tuple[int, ...] = ()
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """`router` is the address to join, `key` the fleet's secret, `run_dir` where sockets live."""
+
+    worker_id: WorkerId
+    role: Role
+    epoch: Epoch
+    router: str
+    key: bytes
+    run_dir: str
+    transports: tuple[str, ...] = ("shm", "tcp")
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    cpu: CpuSettings = field(default_factory=CpuSettings)
+    journal: str | None = None  # file for a JSONL record of events and actions

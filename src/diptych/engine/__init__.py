@@ -1,0 +1,1 @@
+"""Engines: implementations of `core.ports.Engine`. Handed in by the composition root."""

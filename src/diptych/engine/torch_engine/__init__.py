@@ -1,0 +1,12 @@
+"""The engine that computes: Hugging Face checkpoints in torch over a paged KV cache.
+
+runner      TorchEngine: one step from batch to tokens
+config      config.json -> ModelConfig
+weights     safetensors -> ModelWeights
+model       the decoder; knows nothing of paging or batching
+rope        rotary embeddings and their scalings
+plan        batch -> index tensors of one step
+attention   the one attention entry
+kv_cache    blocks as tensors
+sampler     logits -> tokens
+"""

@@ -1,0 +1,203 @@
+"""config.json of a Hugging Face checkpoint, as far as this engine understands it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diptych.core.errors import CheckpointError
+from diptych.engine.torch_engine.rope import KINDS, RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """In which ways a model family departs from Llama."""
+
+    qk_norm: bool = False
+    qkv_bias: bool | None = None  # None: config.json says (`attention_bias`)
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(qkv_bias=False),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder. All sizes in elements; `dtype` is the checkpoint's own, by torch's name."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    sliding_window: int | None
+    tied_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that the position embedding is good for. A YaRN config may state the length before stretching."""
+        if self.rope.kind == "yarn":
+            return max(self.max_position_embeddings, int(self.rope.factor * self.rope.original_max_len))
+        return self.max_position_embeddings
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """Read config.json and generation_config.json. Raises CheckpointError naming the field at fault."""
+    raw = _read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    return parse_config(raw, eos_token_id=eos)
+
+
+def parse_config(raw: Mapping[str, Any], eos_token_id: object = None) -> ModelConfig:
+    """The typed form of a config.json. `eos_token_id`, if given, overrides the one in `raw`."""
+    architecture = _architecture(raw)
+    _refuse_unsupported(raw)
+    family = FAMILIES[architecture]
+    attention_bias = bool(raw.get("attention_bias", False))
+    num_heads = _size(raw, "num_attention_heads")
+    num_kv_heads = _size(raw, "num_key_value_heads", num_heads)
+    hidden_size = _size(raw, "hidden_size")
+    head_dim = _size(raw, "head_dim", hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise _wrong("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})")
+    if head_dim % 2:
+        raise _wrong("head_dim", head_dim, "an even number, for rotary embedding")
+    max_positions = _size(raw, "max_position_embeddings", 2048)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=_size(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_size(raw, "intermediate_size"),
+        num_layers=_size(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rope=_rope(raw, max_positions),
+        max_position_embeddings=max_positions,
+        sliding_window=_sliding_window(raw, architecture),
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        output_bias=attention_bias if family.qkv_bias is None else False,
+        mlp_bias=architecture == "LlamaForCausalLM" and bool(raw.get("mlp_bias", False)),
+        qk_norm=family.qk_norm,
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        eos_token_ids=_eos(raw.get("eos_token_id") if eos_token_id is None else eos_token_id),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; is it a Hugging Face model directory?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return raw
+
+
+def _wrong(name: str, value: object, wanted: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {name} is {value!r}; it must be {wanted}")
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    named = raw.get("architectures")
+    if isinstance(named, list):
+        for architecture in named:
+            if architecture in FAMILIES:
+                return str(architecture)
+    raise _wrong("architectures", named, f"one of those supported: {', '.join(FAMILIES)}")
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    if raw.get("quantization_config"):
+        raise _wrong("quantization_config", "set", "absent: quantized checkpoints are not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise _wrong("hidden_act", raw["hidden_act"], "'silu'")
+
+
+def _size(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(name, value, "a positive integer")
+    return value
+
+
+def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise _wrong(name, value, "a positive number")
+    return float(value)
+
+
+def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    """Both spellings: `rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (before)."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise _wrong("rope_parameters", given, "an object")
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in KINDS:
+        raise _wrong("rope_type", kind, f"one of those supported: {', '.join(KINDS)}")
+    partial = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise _wrong("partial_rotary_factor", partial, "1.0: partial rotation is not supported")
+    original = _size(given, "original_max_position_embeddings", max_positions)
+    original = _size(raw, "original_max_position_embeddings", original)
+    default = RopeConfig()
+    if kind != "default" and given.get("factor") is None and not (kind == "yarn" and original < max_positions):
+        raise _wrong("rope factor", None, f"set for rope_type {kind!r}")
+    return RopeConfig(
+        kind=kind,
+        theta=_number(given, "rope_theta", _number(raw, "rope_theta", default.theta)),
+        factor=_number(given, "factor", max_positions / original),
+        original_max_len=original,
+        low_freq_factor=_number(given, "low_freq_factor", default.low_freq_factor),
+        high_freq_factor=_number(given, "high_freq_factor", default.high_freq_factor),
+        attention_factor=_number(given, "attention_factor", 0.0) or None,
+        beta_fast=_number(given, "beta_fast", default.beta_fast),
+        beta_slow=_number(given, "beta_slow", default.beta_slow),
+        mscale=_number(given, "mscale", default.mscale),
+        mscale_all_dim=_number(given, "mscale_all_dim", default.mscale_all_dim),
+        truncate=bool(given.get("truncate", default.truncate)),
+    )
+
+
+def _sliding_window(raw: Mapping[str, Any], architecture: str) -> int | None:
+    """The window in tokens if any layer would use one. Qwen carries a number that a switch turns on."""
+    switched_on = architecture == "MistralForCausalLM" or bool(raw.get("use_sliding_window", False))
+    if switched_on and raw.get("sliding_window") is not None:
+        return _size(raw, "sliding_window")
+    return None
+
+
+def _eos(value: object) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
+        raise _wrong("eos_token_id", value, "a token id or a list of them")
+    return tuple(ids)

@@ -1,0 +1,68 @@
+"""The decoder: embeddings, layers, norm, head. Where keys and values live is the caller's business."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diptych.engine.torch_engine.config import ModelConfig
+from diptych.engine.torch_engine.rope import RotaryEmbedding, rotate
+from diptych.engine.torch_engine.weights import LayerWeights, ModelWeights
+
+
+class Attend(Protocol):
+    """Causal attention of T tokens over themselves and whatever came before them.
+
+    Takes the layer's index, queries [T, num_heads, head_dim] and keys, values [T, num_kv_heads,
+    head_dim], rotated; returns [T, num_heads * head_dim].
+    """
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
+
+
+class Decoder:
+    """A pre-norm decoder with rotary positions, grouped-query attention and a SwiGLU MLP."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+        self._config = config
+        self._weights = weights
+        self._rotary = RotaryEmbedding(config.rope, config.head_dim, weights.norm.device)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, outputs: Tensor, attend: Attend) -> Tensor:
+        """Logits [len(outputs), vocab_size] of the tokens numbered by `outputs`, out of `token_ids` [T]."""
+        hidden = functional.embedding(token_ids, self._weights.embedding)
+        angles = self._rotary.angles(positions, hidden.dtype)
+        last = len(self._weights.layers) - 1
+        for index, layer in enumerate(self._weights.layers):
+            queries, keys, values = self._project(layer, self._norm(hidden, layer.input_norm), angles)
+            attended = attend(index, queries, keys, values)
+            if index == last:  # nobody reads the other tokens any more
+                hidden, attended = hidden[outputs], attended[outputs]
+            hidden = hidden + functional.linear(attended, layer.output, layer.output_bias)
+            hidden = hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
+        return functional.linear(self._norm(hidden, self._weights.norm), self._weights.lm_head)
+
+    def _project(
+        self, layer: LayerWeights, normed: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = self._config
+        heads = functional.linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, config.head_dim)
+        first_key, first_value = config.num_heads, config.num_heads + config.num_kv_heads
+        queries_keys, values = heads[:, :first_value], heads[:, first_value:]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            queries = self._norm(queries_keys[:, :first_key], layer.q_norm)
+            keys = self._norm(queries_keys[:, first_key:], layer.k_norm)
+            queries_keys = torch.cat((queries, keys), dim=1)
+        rotated = rotate(queries_keys, *angles)
+        return rotated[:, :first_key], rotated[:, first_key:], values
+
+    def _mlp(self, layer: LayerWeights, normed: Tensor) -> Tensor:
+        gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate).mul_(up), layer.down, layer.down_bias)
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm (Zhang and Sennrich 2019) over the last dimension."""
+        return functional.rms_norm(hidden, weight.shape, weight, self._config.rms_norm_eps)

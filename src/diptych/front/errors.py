@@ -1,0 +1,66 @@
+"""Errors as clients see them: OpenAI's nested shape, whatever went wrong and wherever."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from diptych.core.errors import AuthenticationFailed, DiptychError, OverloadedError, RequestError
+
+log = logging.getLogger(__name__)
+
+# OpenAI's clients choose their exception class by status, and some tools by `type`.
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+HTTP_CODES = {404: "path_not_found", 405: "method_not_allowed"}
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def error_body(error: DiptychError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`, for a body or an event of a stream."""
+    kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    param = error.param if isinstance(error, RequestError) else None
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
+
+
+def error_response(error: DiptychError) -> Response:
+    headers = {}
+    if isinstance(error, OverloadedError):
+        # retry-after counts whole seconds; OpenAI's clients prefer the finer one.
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+        headers["retry-after-ms"] = str(max(1, round(error.retry_after * 1000)))
+    if isinstance(error, AuthenticationFailed):
+        headers["www-authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not going to be read
+    return json_response(error_body(error), error.status, headers)
+
+
+async def on_diptych_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, DiptychError)
+    if error.status >= 500 and not isinstance(error, OverloadedError):
+        log.error("%s %s failed: %s (%s)", request.method, request.url.path, error.message, error.code)
+    return error_response(error)
+
+
+async def on_http_exception(request: HttpRequest, error: Exception) -> Response:
+    """404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+    refused = RequestError(message, code=HTTP_CODES.get(error.status_code), status=error.status_code)
+    response = error_response(refused)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_unexpected(request: HttpRequest, error: Exception) -> Response:
+    """A bug of ours. The server logs the traceback; the client learns nothing about the inside."""
+    return error_response(DiptychError("internal error"))

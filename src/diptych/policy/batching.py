@@ -1,0 +1,254 @@
+"""What the next step of one worker computes: continuous batching, chunked prefill, preemption.
+
+There are no phases, only one rule: every sequence's computed tokens catch up with its known tokens. A
+sequence that decodes is one token behind, a prompt is many behind, and a preempted sequence starts over
+with its whole log, outputs included.
+
+Everything goes by age, the order in which sequences came (first come, first served):
+
+* Decodes go first, so a long prompt never stalls a running stream; prompts share what is left of the
+  token budget, oldest first. `max_sequences < max_batch_tokens` guarantees that something is left.
+* A waiting sequence gets blocks for its whole log at once. So a prefill, once begun, never stops for lack
+  of blocks, and two half-computed prompts cannot block each other. Only decodes grow later.
+* It is admitted only if one block per running sequence stays free: they can all go on for a while without
+  taking the newcomer's blocks away again. Nobody overtakes the oldest waiting sequence.
+* A decode that finds no block takes those of the youngest sequence that is not pinned. So the oldest
+  always gets on, and every sequence becomes the oldest in the end.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from diptych.core.blocks import BlockId, blocks_for, extend_block_hashes
+from diptych.core.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from diptych.policy.block_pool import BlockPool, OutOfBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Bounds of one step. `max_batch_tokens` bounds how long a step takes, and so what a decode
+    feels of other sequences' prompts."""
+
+    max_batch_tokens: int = 2048
+    max_sequences: int = 64
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sequences < self.max_batch_tokens:
+            raise ValueError(
+                f"wanted 1 <= max_sequences < max_batch_tokens, got {self.max_sequences}, {self.max_batch_tokens}"
+            )
+
+
+class Scheduler:
+    """Decides each step of one worker and keeps its sequences' block tables.
+
+    Use: `schedule`, run the batch, `complete`, append the sampled tokens to their logs, again. A sequence
+    must not be removed or detached while a batch that it is part of is being computed.
+
+    Attributes:
+        preempted: sequences that the last `schedule` sent back to wait, their KV given up.
+        starved: sequences that the last `schedule` dropped since their log outgrew the whole pool;
+            their requests have to be failed.
+        num_preemptions: since the start.
+    """
+
+    def __init__(self, pool: BlockPool, limits: BatchLimits) -> None:
+        self.preempted: list[Sequence] = []
+        self.starved: list[Sequence] = []
+        self.num_preemptions = 0
+        self._pool = pool
+        self._limits = limits
+        self._waiting: list[Sequence] = []  # oldest first, as is _running
+        self._running: list[Sequence] = []
+        self._age: dict[Sequence, int] = {}  # of the sequences in either list: less is older
+        self._next_age = 0
+        self._admitted: set[Sequence] = set()  # have run before: their num_cached_tokens is settled
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences that take part in steps, oldest first."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Sequences that wait for blocks or for their turn, oldest first."""
+        return tuple(self._waiting)
+
+    @property
+    def prefill_tokens_queued(self) -> int:
+        """Known tokens without KV, not counting the one that each decoding sequence is behind."""
+        behind = [sequence.num_uncomputed_tokens for sequence in self._running]
+        return sum(sequence.num_tokens for sequence in self._waiting) + sum(tokens for tokens in behind if tokens > 1)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a log of `num_tokens` tokens fits into this worker at all."""
+        return blocks_for(num_tokens, self._pool.block_size) <= self._pool.num_blocks
+
+    def add(self, sequence: Sequence, *, front: bool = False) -> None:
+        """Queue a sequence without KV, as the youngest; with `front`, as the oldest.
+
+        Raises OutOfBlocks if it does not fit (`fits`) and so would wait for ever.
+        """
+        if not self.fits(sequence.num_tokens):
+            raise OutOfBlocks(f"{sequence.num_tokens} tokens do not fit {self._pool.num_blocks} blocks")
+        self._age[sequence] = min(self._age.values(), default=0) - 1 if front else self._take_age()
+        sequence.status = SequenceStatus.WAITING
+        self._insert(self._waiting, sequence)
+
+    def join(self, sequence: Sequence) -> None:
+        """Take in, as the youngest, a sequence whose KV is in place: its block table holds what is computed.
+
+        It runs at once, even if more than `max_sequences` run then; the oldest of them take part in steps.
+        """
+        self._age[sequence] = self._take_age()
+        self._admitted.add(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        self._running.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that is over, and release its blocks. Harmless if repeated."""
+        self._forget(sequence)
+        self._release_blocks(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def detach(self, sequence: Sequence) -> list[BlockId]:
+        """Forget a sequence but release nothing: the references of its blocks, returned, are now the caller's."""
+        self._forget(sequence)
+        sequence.status = SequenceStatus.HELD
+        return list(sequence.block_table)
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if there is nothing to compute or no room to do it in."""
+        self.preempted, self.starved = [], []
+        taking_part = self._running[: self._limits.max_sequences]
+        rows = [_share(sequence, 1) for sequence in taking_part if _decodes(sequence) and self._grow(sequence)]
+        budget = self._limits.max_batch_tokens - len(rows)
+        for sequence in taking_part:
+            if budget > 0 and _prefills(sequence):
+                rows.append(_share(sequence, budget))
+                budget -= rows[-1].num_tokens
+        while budget > 0 and len(self._running) < self._limits.max_sequences:
+            admitted = self._admit_oldest()
+            if admitted is None:
+                break
+            rows.append(_share(admitted, budget))
+            budget -= rows[-1].num_tokens
+        return Batch(tuple(rows)) if rows else None
+
+    def complete(self, batch: Batch) -> None:
+        """The step is done: its KV is in place, and blocks that it filled may be shared from now on."""
+        block_size = self._pool.block_size
+        for row in batch.rows:
+            sequence = row.sequence
+            sequence.num_computed_tokens = row.end
+            extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
+            for index in range(row.start // block_size, row.end // block_size):
+                self._pool.register(sequence.block_table[index], sequence.block_hashes[index])
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a decoding sequence the block that its newest token needs, if need be at the expense of
+        the youngest. False if it cannot take part in this step."""
+        missing = blocks_for(sequence.num_tokens, self._pool.block_size) - len(sequence.block_table)
+        while missing > self._pool.num_free:
+            victim = next((running for running in reversed(self._running) if not running.pinned), None)
+            if victim is None or self._age[victim] < self._age[sequence]:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.block_table += self._pool.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to wait; what it had computed is computed again later."""
+        self._running.remove(sequence)
+        self._release_blocks(sequence)
+        if not self.fits(sequence.num_tokens):
+            self._forget(sequence)
+            sequence.status = SequenceStatus.FINISHED
+            self.starved.append(sequence)
+            return
+        sequence.status = SequenceStatus.WAITING
+        self._insert(self._waiting, sequence)
+        self.preempted.append(sequence)
+        self.num_preemptions += 1
+
+    def _admit_oldest(self) -> Sequence | None:
+        """Let the oldest waiting sequence run, with blocks for its whole log; None if it has to wait on."""
+        if not self._waiting:
+            return None
+        sequence, pool = self._waiting[0], self._pool
+        cached = self._match(sequence)
+        if cached is None:
+            return None
+        fresh = blocks_for(sequence.num_tokens, pool.block_size) - len(cached)
+        headroom = len(self._running)
+        if fresh + pool.count_cached(cached) + headroom > pool.num_free:
+            return None
+        pool.take_cached(cached)
+        sequence.block_table = [*cached, *pool.allocate(fresh)]
+        sequence.num_computed_tokens = len(cached) * pool.block_size
+        if sequence not in self._admitted:
+            self._admitted.add(sequence)
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        sequence.status = SequenceStatus.RUNNING
+        self._insert(self._running, self._waiting.pop(0))
+        return sequence
+
+    def _match(self, sequence: Sequence) -> list[BlockId] | None:
+        """The leading blocks that need not be computed (at least one token is left to compute).
+
+        None if the next block after them is being computed by somebody else right now: a step later
+        it can be shared, so of several requests with one prompt only the first computes it.
+        """
+        block_size = self._pool.block_size
+        extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
+        wanted = sequence.block_hashes[: (sequence.num_tokens - 1) // block_size]
+        cached = self._pool.match(wanted)
+        index = len(cached)
+        if self._pool.prefix_caching and index < len(wanted):
+            for other in self._running:
+                unfinished = _prefills(other) and other.num_computed_tokens < (index + 1) * block_size
+                if unfinished and other.block_hashes[index : index + 1] == [wanted[index]]:
+                    return None
+        return cached
+
+    def _take_age(self) -> int:
+        self._next_age += 1
+        return self._next_age
+
+    def _insert(self, sequences: list[Sequence], sequence: Sequence) -> None:
+        bisect.insort(sequences, sequence, key=self._age.__getitem__)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if self._age.pop(sequence, None) is None:
+            return
+        self._admitted.discard(sequence)
+        for sequences in (self._running, self._waiting):
+            if sequence in sequences:
+                sequences.remove(sequence)
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self._pool.release(reversed(sequence.block_table))
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Runs (has not just been preempted) and is one token behind."""
+    return sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1
+
+
+def _prefills(sequence: Sequence) -> bool:
+    """Runs (has not just been preempted) and is several tokens behind."""
+    return sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens > 1
+
+
+def _share(sequence: Sequence, budget: int) -> ScheduledSequence:
+    """What a sequence computes in a step that has room for `budget` more tokens."""
+    start = sequence.num_computed_tokens
+    end = min(sequence.num_tokens, start + budget)
+    return ScheduledSequence(sequence, start, end - start, samples=end == sequence.num_tokens)

@@ -1,0 +1,1 @@
+"""The router: `policy.dispatch` decides, this package carries it out."""

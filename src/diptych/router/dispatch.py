@@ -1,0 +1,249 @@
+"""The router's shell: requests and worker messages in, `RouterPolicy.handle`, actions out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import assert_never
+
+from diptych.core.actions import (
+    AbortOn,
+    Deliver,
+    DeliverFailure,
+    ReserveBlocks,
+    RouterAction,
+    StartLocal,
+    StartPrefill,
+)
+from diptych.core.clock import Clock
+from diptych.core.errors import DiptychError, HandshakeError, PeerError, UnavailableError
+from diptych.core.events import (
+    BlocksCached,
+    FirstTokenMade,
+    RequestCancelled,
+    RequestFailed,
+    RequestSubmitted,
+    RouterEvent,
+    TicketGranted,
+    TokensMade,
+    WorkerGone,
+    WorkerUpdated,
+)
+from diptych.core.fleet import ModelInfo, Role, WorkerId, WorkerState, WorkerView
+from diptych.core.request import Request, TokenOutput
+from diptych.policy.dispatch import RouterPolicy
+from diptych.router.fleet import FleetRegistry, WorkerLink
+from diptych.router.stream import RequestStream
+from diptych.telemetry.journal import Journal
+from diptych.wire import messages
+from diptych.wire.channel import Channel
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+HELLO_SECONDS = 10.0
+
+
+class Router:
+    """Implements core.ports.Dispatcher over a fleet of workers.
+
+    `on_joined(worker_id)` and `on_silent(worker_id)` tell the supervisor, if there is one.
+    """
+
+    def __init__(
+        self,
+        policy: RouterPolicy,
+        clock: Clock,
+        journal: Journal,
+        *,
+        expected: dict[WorkerId, Role],
+        on_joined: Callable[[WorkerId], None] = lambda worker_id: None,
+        on_silent: Callable[[WorkerId], None] = lambda worker_id: None,
+    ) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._journal = journal
+        self._expected = expected
+        self._on_joined = on_joined
+        self._on_silent = on_silent
+        self._fleet = FleetRegistry()
+        self._streams: dict[str, RequestStream] = {}
+        self._last_beat = clock.now()
+
+    # for the front (core.ports.Dispatcher)
+
+    @property
+    def model(self) -> ModelInfo:
+        """Raises UnavailableError until the first worker has registered."""
+        if self._fleet.manifest is None:
+            raise UnavailableError("no worker has registered yet", retry_after=1.0)
+        return self._fleet.manifest.model
+
+    def submit(self, request: Request) -> RequestStream:
+        """Accept a request. Raises OverloadedError or UnavailableError."""
+        now = self._clock.now()
+        event = RequestSubmitted(request)
+        actions = self._policy.handle(event, now)
+        self._journal.record(now, event, actions)
+        live = self._policy.live.get(request.request_id)
+        if live is None:
+            raise next(action.error for action in actions if isinstance(action, DeliverFailure))
+        stream = RequestStream(live, self._cancel)
+        self._streams[request.request_id] = stream
+        for action in actions:
+            self._perform(action)
+        return stream
+
+    def workers(self) -> list[WorkerView]:
+        """Those that have registered, and those that are expected to."""
+        views = [link.view() for link in self._fleet.links.values()]
+        missing = [
+            WorkerView(worker_id=worker_id, role=role, state=WorkerState.STARTING, epoch=0)
+            for worker_id, role in self._expected.items()
+            if worker_id not in self._fleet.links
+        ]
+        return sorted(views + missing, key=lambda view: view.worker_id)
+
+    def alive(self) -> bool:
+        return self._clock.now() - self._last_beat < 5 * BEAT_SECONDS
+
+    def ready(self) -> bool:
+        """A pair, or a worker that does both, is ready."""
+        roles = {link.hello.role for link in self._fleet.links.values() if link.state is WorkerState.READY}
+        return Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
+
+    # for the workers
+
+    async def on_channel(self, channel: Channel) -> None:
+        """Serve one worker's connection until it ends. An outsider's or a broken peer's costs only itself."""
+        link = await self._register(channel)
+        if link is None:
+            return
+        try:
+            async for message in channel:
+                link.last_heard = self._clock.now()
+                self._on_message(link, message)
+        except PeerError as error:
+            log.warning("worker %s broke the protocol: %s", link.worker_id, error)
+        finally:
+            self._lost(link)
+
+    async def _register(self, channel: Channel) -> WorkerLink | None:
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello = await anext(aiter(channel))
+            if not isinstance(hello, messages.Hello):
+                raise HandshakeError(f"expected a hello, got {type(hello).__name__}")
+            older = self._fleet.admit(hello)
+        except (PeerError, TimeoutError, StopAsyncIteration) as error:
+            log.warning("a worker was refused: %s", error)
+            channel.send(messages.Refused(str(error)))
+            channel.close()
+            return None
+        if older is not None:
+            self._lost(older)
+        link = WorkerLink(hello, channel, self._clock.now())
+        self._fleet.add(link)
+        channel.send(messages.Welcome(messages.WIRE_VERSION))
+        self._introduce(link)
+        self._handle(WorkerUpdated(link.view()))
+        self._on_joined(link.worker_id)
+        return link
+
+    def _introduce(self, newcomer: WorkerLink) -> None:
+        """Have prefill workers open their data connections before the first request needs them."""
+        for link in self._fleet.links.values():
+            for source, target in ((link, newcomer), (newcomer, link)):
+                if source is not target and source.hello.role is not Role.DECODE and target.hello.role is not Role.PREFILL:
+                    for endpoint in target.manifest.endpoints:
+                        source.channel.send(messages.WarmUp(target.worker_id, target.hello.epoch, endpoint))
+
+    def _lost(self, link: WorkerLink) -> None:
+        link.channel.close()
+        if self._fleet.remove(link):
+            self._handle(WorkerGone(link.worker_id))
+
+    def _on_message(self, link: WorkerLink, message: messages.FromWorker) -> None:
+        worker_id = link.worker_id
+        match message:
+            case messages.Tokens(outputs):
+                self._handle(TokensMade(worker_id, tuple(outputs)))
+            case messages.Prefilled(output, cached, queue_seconds, prefill_seconds):
+                self._handle(FirstTokenMade(worker_id, output, cached, queue_seconds, prefill_seconds))
+            case messages.Granted(request_id, ticket, cached):
+                self._handle(TicketGranted(worker_id, request_id, ticket, cached))
+            case messages.Failed(request_id, code, text):
+                self._handle(RequestFailed(worker_id, request_id, code, text))
+            case messages.KVEvents(stored, evicted):
+                self._handle(BlocksCached(worker_id, tuple(stored), tuple(evicted)))
+            case messages.Heartbeat(stats):
+                link.stats = stats
+                self._handle(WorkerUpdated(link.view()))
+            case _:
+                log.warning("worker %s sent a %s out of turn", worker_id, type(message).__name__)
+
+    # the loop's own
+
+    async def beat(self) -> None:
+        """Notice silence, for as long as the task lives."""
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            now = self._clock.now()
+            self._last_beat = now
+            for link in self._fleet.silent(now):
+                log.warning("worker %s has fallen silent", link.worker_id)
+                self._on_silent(link.worker_id)
+                self._lost(link)
+
+    def shutdown(self) -> None:
+        """Tell every worker to end."""
+        for link in self._fleet.links.values():
+            link.channel.send(messages.Shutdown())
+
+    def _cancel(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._handle(RequestCancelled(request_id))
+
+    def _handle(self, event: RouterEvent) -> None:
+        now = self._clock.now()
+        actions = self._policy.handle(event, now)
+        self._journal.record(now, event, actions)
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: RouterAction) -> None:
+        match action:
+            case Deliver(output):
+                self._deliver(output.request_id, output, last=output.finish is not None)
+            case DeliverFailure(request_id, error):
+                self._deliver(request_id, error, last=True)
+            case StartLocal(worker_id, request, outputs):
+                self._send(worker_id, messages.Serve(request, outputs))
+            case ReserveBlocks(worker_id, request, outputs):
+                self._send(worker_id, messages.Reserve(request, outputs))
+            case StartPrefill():
+                self._start_prefill(action)
+            case AbortOn(worker_id, request_id):
+                self._send(worker_id, messages.Abort(request_id))
+            case _:
+                assert_never(action)
+
+    def _deliver(self, request_id: str, item: TokenOutput | DiptychError, *, last: bool) -> None:
+        stream = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
+        if stream is not None:
+            stream.put(item)
+
+    def _start_prefill(self, start: StartPrefill) -> None:
+        target = self._fleet.links.get(start.target)
+        endpoint = target.endpoint(start.transport) if target is not None else None
+        if endpoint is None:
+            return  # the target has just gone: its WorkerGone ends this request
+        order = messages.Prefill(start.request, start.output_token_ids, start.ticket, endpoint)
+        self._send(start.worker_id, order)
+
+    def _send(self, worker_id: WorkerId, message: messages.ToWorker) -> None:
+        """Workers that are gone get nothing: their WorkerGone ends what they were to do."""
+        link = self._fleet.links.get(worker_id)
+        if link is not None:
+            link.channel.send(message)

@@ -1,0 +1,98 @@
+"""The workers that have registered: connections, manifests, load, and who has fallen silent."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from diptych.core.errors import HandshakeError
+from diptych.core.fleet import KVEndpoint, Manifest, WorkerId, WorkerState, WorkerStats, WorkerView
+from diptych.wire import messages
+from diptych.wire.channel import Channel
+
+log = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 5.0  # without any message (a heartbeat comes every second) a worker counts as lost
+
+
+@dataclass(slots=True)
+class WorkerLink:
+    """One registered worker, in one life (epoch)."""
+
+    hello: messages.Hello
+    channel: Channel
+    last_heard: float
+    state: WorkerState = WorkerState.READY
+    stats: WorkerStats = field(default_factory=WorkerStats)
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.hello.worker_id
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.hello.manifest
+
+    def endpoint(self, transport: str) -> KVEndpoint | None:
+        """Where pages for this worker go, by that transport."""
+        return next((end for end in self.manifest.endpoints if end.transport == transport), None)
+
+    def view(self) -> WorkerView:
+        """A snapshot for policy and `/fleet`."""
+        layout = self.manifest.layout
+        return WorkerView(
+            worker_id=self.worker_id,
+            role=self.hello.role,
+            state=self.state,
+            epoch=self.hello.epoch,
+            pid=self.hello.pid,
+            num_blocks=self.manifest.num_blocks,
+            block_size=layout.block_size,
+            token_bytes=layout.token_bytes,
+            transports=tuple(end.transport for end in self.manifest.endpoints),
+            stats=self.stats,
+        )
+
+
+class FleetRegistry:
+    """All links by worker. The first worker to register says what this fleet serves."""
+
+    def __init__(self) -> None:
+        self.links: dict[WorkerId, WorkerLink] = {}
+        self.manifest: Manifest | None = None
+
+    def admit(self, hello: messages.Hello) -> WorkerLink | None:
+        """Check a newcomer. Raises HandshakeError, saying what does not fit, to refuse it.
+
+        Returns the link of an older life of the same worker, which is over now (fencing)."""
+        if hello.wire_version != messages.WIRE_VERSION:
+            raise HandshakeError(f"wire version {hello.wire_version}, this router speaks {messages.WIRE_VERSION}")
+        older = self.links.get(hello.worker_id)
+        if older is not None and older.hello.epoch >= hello.epoch:
+            raise HandshakeError(f"worker {hello.worker_id} is registered with epoch {older.hello.epoch} already")
+        self._check_compatible(hello.manifest)
+        return older
+
+    def _check_compatible(self, manifest: Manifest) -> None:
+        if self.manifest is None:
+            self.manifest = manifest
+            return
+        ours = self.manifest
+        if manifest.model.digest != ours.model.digest:
+            raise HandshakeError(f"model {manifest.model.digest}, this fleet serves {ours.model.digest}")
+        if manifest.layout.digest != ours.layout.digest:
+            raise HandshakeError(f"KV layout {manifest.layout}, this fleet has {ours.layout}")
+
+    def add(self, link: WorkerLink) -> None:
+        self.links[link.worker_id] = link
+
+    def remove(self, link: WorkerLink) -> bool:
+        """Drop a link. False if a newer life of the worker has taken its place (or it is gone)."""
+        if self.links.get(link.worker_id) is not link:
+            return False
+        del self.links[link.worker_id]
+        return True
+
+    def silent(self, now: float) -> list[WorkerLink]:
+        """Workers that have not been heard of for too long."""
+        return [link for link in self.links.values() if now - link.last_heard > SILENCE_SECONDS]

@@ -1,0 +1,63 @@
+"""The journal: every event a policy object took and every action it ordered, one JSON line each.
+
+Enough to see why something was done, and to feed the events back to policy and compare (replay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from diptych.core.errors import DiptychError
+
+
+class Journal(Protocol):
+    def record(self, now: float, event: object, actions: Sequence[object]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoJournal:
+    """Keeps nothing."""
+
+    def record(self, now: float, event: object, actions: Sequence[object]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FileJournal:
+    """Appends lines `{"t": seconds, "event": {...}, "actions": [...]}` to a file, flushed at each line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+        self._encoder = msgspec.json.Encoder(enc_hook=_plain)
+
+    def record(self, now: float, event: object, actions: Sequence[object]) -> None:
+        line = {"t": now, "event": _named(event), "actions": [_named(action) for action in actions]}
+        self._file.write(self._encoder.encode(line) + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_journal(path: str | None) -> Journal:
+    """A journal that writes to `path`, or one that keeps nothing."""
+    return NoJournal() if path is None else FileJournal(Path(path))
+
+
+def _named(thing: object) -> dict[str, Any]:
+    """A dataclass as a dict that starts with the name of its kind."""
+    fields = getattr(thing, "__dataclass_fields__", ())
+    return {"kind": type(thing).__name__, **{name: getattr(thing, name) for name in fields}}
+
+
+def _plain(thing: object) -> object:
+    if isinstance(thing, DiptychError):
+        return {"code": thing.code, "message": thing.message}
+    raise TypeError(f"the journal cannot write a {type(thing).__name__}")

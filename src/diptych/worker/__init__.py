@@ -1,0 +1,1 @@
+"""A worker process: `policy.worker` decides, this package carries it out."""

@@ -1,0 +1,173 @@
+"""The worker's loop: events in, `WorkerPolicy.handle`, actions out.
+
+Everything runs on one asyncio loop except engine steps (`StepRunner`) and page transfers (`DataPlane`),
+which have threads of their own and post their events here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from diptych.core.actions import (
+    AbandonPush,
+    CloseHandoff,
+    ForgetRequest,
+    GrantTicket,
+    PushPages,
+    RevokeTicket,
+    RunStep,
+    SendFailure,
+    SendFirstToken,
+    SendTokens,
+    WorkerAction,
+)
+from diptych.core.clock import Clock
+from diptych.core.events import Tick, WorkerEvent
+from diptych.core.fleet import Manifest
+from diptych.core.ports import Engine
+from diptych.core.settings import WorkerSettings
+from diptych.core.ticket import TicketClaims
+from diptych.policy.worker import WorkerPolicy
+from diptych.telemetry.journal import Journal
+from diptych.wire import messages
+from diptych.wire.channel import Channel
+from diptych.wire.tickets import mint
+from diptych.worker.data_plane import DataPlane
+from diptych.worker.step_runner import StepRunner
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0  # heartbeat and deadlines
+REPORT_SECONDS = 0.02  # how long a change of load may wait for others before it is reported
+
+NONCE_BYTES = 16
+
+
+class WorkerLoop:
+    """Carries out what the policy of one worker decides."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        manifest: Manifest,
+        policy: WorkerPolicy,
+        engine: Engine,
+        channel: Channel,
+        *,
+        clock: Clock,
+        journal: Journal,
+    ) -> None:
+        self._settings = settings
+        self._manifest = manifest
+        self._policy = policy
+        self._channel = channel
+        self._clock = clock
+        self._journal = journal
+        self._loop = asyncio.get_running_loop()
+        self._steps = StepRunner(engine, self._push_layer, self.post)
+        self._data: DataPlane | None = None
+        self._report_due = False
+        self._last_stats = policy.stats()
+
+    def attach(self, data: DataPlane) -> None:
+        """Connect the data plane (which needs `post`, so it is made after this object)."""
+        self._data = data
+
+    @property
+    def data(self) -> DataPlane:
+        if self._data is None:
+            raise ValueError("the worker loop has no data plane yet")
+        return self._data
+
+    def post(self, event: WorkerEvent) -> None:
+        """Hand an event over, from any thread."""
+        self._loop.call_soon_threadsafe(self.handle, event)
+
+    def handle(self, event: WorkerEvent) -> None:
+        """One event: decide, record, do. On the loop's thread."""
+        now = self._clock.now()
+        actions = self._policy.handle(event, now)
+        self._journal.record(now, event, actions)
+        for action in actions:
+            self._perform(action)
+        if not self._report_due:
+            self._report_due = True
+            self._loop.call_later(REPORT_SECONDS, self._report)
+
+    async def beat(self) -> None:
+        """Tick and report for as long as the task lives."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.handle(Tick())
+            self._channel.send(messages.Heartbeat(self._policy.stats()))
+
+    def start(self) -> None:
+        self._steps.start()
+
+    async def stop(self) -> None:
+        """Finish the running step, then close transfers."""
+        await self._loop.run_in_executor(None, self._steps.stop)
+        await self._loop.run_in_executor(None, self.data.close)
+
+    @property
+    def idle(self) -> bool:
+        return self._policy.idle
+
+    def _report(self) -> None:
+        """Tell the router about changed load and cached blocks."""
+        self._report_due = False
+        stored, evicted = self._policy.pool.drain_events()
+        if stored or evicted:
+            self._channel.send(messages.KVEvents(stored, evicted))
+        stats = self._policy.stats()
+        if stats != self._last_stats:
+            self._last_stats = stats
+            self._channel.send(messages.Heartbeat(stats))
+
+    def _perform(self, action: WorkerAction) -> None:
+        match action:
+            case RunStep():
+                self._steps.run(action)
+            case SendTokens(outputs):
+                self._channel.send(messages.Tokens(list(outputs)))
+            case SendFirstToken(output, cached, queue_seconds, prefill_seconds):
+                self._channel.send(messages.Prefilled(output, cached, queue_seconds, prefill_seconds))
+            case SendFailure(request_id, code, message):
+                self._channel.send(messages.Failed(request_id, code, message))
+            case PushPages(request_id, claims, plan):
+                for layer in range(self._manifest.layout.num_layers):
+                    self.data.push(request_id, claims, plan, layer)
+            case CloseHandoff(request_id, claims, token):
+                self.data.close_handoff(request_id, claims, token)
+            case AbandonPush(request_id, claims):
+                self.data.abandon(request_id, claims)
+            case GrantTicket():
+                self._grant(action)
+            case RevokeTicket(request_id):
+                self.data.revoke(request_id)
+            case ForgetRequest(request_id):
+                self._steps.forget(request_id)
+
+    def _push_layer(self, step: RunStep, layer: int) -> None:
+        """On the compute thread: this layer is computed, its pages may leave."""
+        for push in step.pushes:
+            self.data.push(push.request_id, push.claims, push.plan, layer)
+
+    def _grant(self, grant: GrantTicket) -> None:
+        claims = TicketClaims(
+            request_id=grant.request.request_id,
+            worker_id=self._settings.worker_id,
+            epoch=self._settings.epoch,
+            blocks=grant.blocks,
+            first_block=grant.first_block,
+            num_tokens=grant.num_tokens,
+            layout_digest=self._manifest.layout.digest,
+            model_digest=self._manifest.model.digest,
+            salt=grant.request.cache_salt,
+            nonce=secrets.token_bytes(NONCE_BYTES),
+        )
+        self.data.expect(claims)
+        ticket = mint(claims, self._settings.key)
+        self._channel.send(messages.Granted(claims.request_id, ticket, grant.num_cached_tokens))

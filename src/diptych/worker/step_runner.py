@@ -1,0 +1,63 @@
+"""Runs engine steps on a thread of their own, one at a time, so that the event loop stays free."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from diptych.core.actions import RunStep
+from diptych.core.errors import DiptychError
+from diptych.core.events import StepFailed, StepFinished
+from diptych.core.ports import Engine
+
+PushLayer = Callable[[RunStep, int], None]
+Report = Callable[[StepFinished | StepFailed], None]
+
+
+class StepRunner:
+    """The compute thread. `push_layer(step, layer)` is called on it as each layer's KV is written;
+    `report` (called on it too) takes the outcome back."""
+
+    def __init__(self, engine: Engine, push_layer: PushLayer, report: Report) -> None:
+        self._engine = engine
+        self._push_layer = push_layer
+        self._report = report
+        self._steps: queue.SimpleQueue[RunStep | str | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def run(self, step: RunStep) -> None:
+        """Queue a step; there is never more than one."""
+        self._steps.put(step)
+
+    def forget(self, request_id: str) -> None:
+        """Have the engine drop a request, between steps."""
+        self._steps.put(request_id)
+
+    def stop(self) -> None:
+        """Finish the step at hand and end the thread."""
+        self._steps.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (order := self._steps.get()) is not None:
+            if isinstance(order, str):
+                self._engine.forget(order)
+            else:
+                self._report(self._step(order))
+
+    def _step(self, step: RunStep) -> StepFinished | StepFailed:
+        on_layer = (lambda layer: self._push_layer(step, layer)) if step.pushes else None
+        began = time.perf_counter()
+        try:
+            samples = self._engine.step(step.batch, on_layer)
+        except DiptychError as error:
+            return StepFailed(error.code, error.message, getattr(error, "request_ids", ()))
+        except Exception as error:  # the edge of the process: whatever an engine raises ends requests, not the worker
+            return StepFailed("engine_failed", f"{type(error).__name__}: {error}")
+        return StepFinished(tuple(samples), time.perf_counter() - began)

@@ -1,0 +1,400 @@
+"""The scheduler, driving the scripted engine: whatever it decides, every token must be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from diptych.core.blocks import blocks_for
+from diptych.core.request import Request, SamplingParams
+from diptych.core.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from diptych.engine.scripted import ScriptedEngine, ScriptedModel, expected_tokens
+from diptych.policy.batching import BatchLimits, Scheduler
+from diptych.policy.block_pool import BlockPool, OutOfBlocks
+from diptych.policy.stopping import finish_reason
+
+BLOCK_SIZE = 4
+
+
+class Server:
+    """Pool, scheduler and engine in the loop that a worker runs, checking the scheduler's promises."""
+
+    def __init__(self, num_blocks: int, limits: BatchLimits, *, prefix_caching: bool = True) -> None:
+        self.pool = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching)
+        self.scheduler = Scheduler(self.pool, limits)
+        self.limits = limits
+        self.engine = ScriptedEngine(ScriptedModel(block_size=BLOCK_SIZE))
+        self.engine.allocate_kv(num_blocks, lambda size: memoryview(bytearray(size)))
+        self.age: dict[Sequence, int] = {}
+        self.finished: list[Sequence] = []
+        self.starved: list[Sequence] = []
+
+    def sequence(self, prompt: list[int], max_tokens: int, seed: int = 0) -> Sequence:
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0 if seed == 0 else 1.0, seed=seed)
+        number = len(self.age)
+        self.age[
+            sequence := Sequence.from_log(
+                Request(request_id=f"r{number}", prompt_token_ids=tuple(prompt), sampling=sampling)
+            )
+        ] = number
+        return sequence
+
+    def add(self, prompt: list[int], max_tokens: int, seed: int = 0) -> Sequence:
+        sequence = self.sequence(prompt, max_tokens, seed)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def join(self, prompt: list[int], max_tokens: int) -> Sequence:
+        """As after a hand-off: somebody else has computed the KV and the first token."""
+        sequence = self.sequence(prompt, max_tokens)
+        sequence.block_table = self.pool.allocate(blocks_for(len(prompt), BLOCK_SIZE))
+        [token] = self.engine.step(Batch((ScheduledSequence(sequence, 0, len(prompt), samples=True),)))
+        assert token is not None
+        sequence.num_computed_tokens = len(prompt)
+        sequence.token_ids.append(token.token_id)
+        self.scheduler.join(sequence)
+        return sequence
+
+    def step(self) -> Batch | None:
+        was_waiting = set(self.scheduler.waiting)
+        batch = self.scheduler.schedule()
+        self.starved += self.scheduler.starved
+        self.check_order(was_waiting)
+        if batch is None:
+            return None
+        self.check_batch(batch)
+        tokens = self.engine.step(batch)
+        self.scheduler.complete(batch)
+        for row, token in zip(batch.rows, tokens, strict=True):
+            assert (token is not None) == row.samples
+            if token is None:
+                continue
+            row.sequence.token_ids.append(token.token_id)
+            if finish_reason(row.sequence, self.engine.model.eos_token_ids) is not None:
+                self.scheduler.remove(row.sequence)
+                self.finished.append(row.sequence)
+        return batch
+
+    def check_order(self, was_waiting: set[Sequence]) -> None:
+        """Nobody overtakes, and it is the youngest who give way."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        admitted = [sequence for sequence in running if sequence in was_waiting]
+        assert all(self.age[sequence] < self.age[other] for sequence in admitted for other in waiting)
+        unpinned = [self.age[sequence] for sequence in running if not sequence.pinned]
+        assert all(self.age[sequence] > age for sequence in self.scheduler.preempted for age in unpinned)
+        for sequences in (running, waiting):
+            assert list(sequences) == sorted(sequences, key=self.age.__getitem__)
+        for sequence in self.scheduler.starved:
+            assert not self.scheduler.fits(sequence.num_tokens)
+
+    def check_batch(self, batch: Batch) -> None:
+        assert 0 < batch.num_tokens <= self.limits.max_batch_tokens
+        assert len(batch.rows) <= self.limits.max_sequences
+        taking_part = [row.sequence for row in batch.rows]
+        assert len(set(taking_part)) == len(taking_part)
+        for row in batch.rows:
+            assert row.sequence.status is SequenceStatus.RUNNING
+            assert row.start == row.sequence.num_computed_tokens
+            assert row.num_tokens > 0
+            assert row.samples == (row.end == row.sequence.num_tokens)
+        due = self.scheduler.running[: self.limits.max_sequences]
+        decodes = {sequence for sequence in due if sequence.num_uncomputed_tokens == 1 and not sequence.pinned}
+        assert decodes <= set(taking_part), "a decode was left out"
+        prefills = {sequence for sequence in due if sequence.num_uncomputed_tokens > 1}
+        assert not prefills or prefills & set(taking_part), "prefills were left out"
+
+    def check_books(self) -> None:
+        live = (*self.scheduler.running, *self.scheduler.waiting)
+        self.pool.check_integrity({sequence.request_id: sequence.block_table for sequence in live})
+        assert not any(sequence.block_table for sequence in self.scheduler.waiting)
+
+    def step_until(self, reached: Callable[[], bool], max_steps: int = 1000) -> None:
+        """Fails if that never comes."""
+        for _ in range(max_steps):
+            if reached():
+                return
+            self.step()
+            self.check_books()
+        pytest.fail(f"not reached in {max_steps} steps")
+
+    def run(self) -> None:
+        """Until nothing is left, and all of it was right."""
+        self.step_until(lambda: not self.scheduler.running and not self.scheduler.waiting)
+        assert self.pool.num_used == 0
+        for sequence in self.finished:
+            assert sequence.output_token_ids == expected(sequence)
+        for sequence in self.starved:
+            outputs = sequence.output_token_ids
+            assert outputs == expected(sequence)[: len(outputs)]
+
+
+def expected(sequence: Sequence) -> list[int]:
+    request = sequence.request
+    return expected_tokens(request.prompt_token_ids, request.sampling.max_tokens, request.sampling)
+
+
+limits = st.builds(BatchLimits, max_batch_tokens=st.integers(5, 24), max_sequences=st.integers(1, 4))
+prompts = st.builds(
+    lambda shared, tail, count: [shared] * count + tail,
+    shared=st.sampled_from([65, 66]),
+    tail=st.lists(st.integers(32, 40), min_size=1, max_size=12),
+    count=st.sampled_from([0, 4, 9]),
+)
+
+
+class ServerMachine(RuleBasedStateMachine):
+    """Random arrivals, hand-offs and aborts on a pool that is too small for them."""
+
+    @initialize(num_blocks=st.integers(6, 14), limits=limits, prefix_caching=st.booleans())
+    def start(self, num_blocks: int, limits: BatchLimits, prefix_caching: bool) -> None:
+        self.server = Server(num_blocks, limits, prefix_caching=prefix_caching)
+        self.live: list[Sequence] = []
+
+    @rule(prompt=prompts, max_tokens=st.integers(1, 30), seed=st.integers(0, 2))
+    def arrive(self, prompt: list[int], max_tokens: int, seed: int) -> None:
+        if self.server.scheduler.fits(len(prompt) + 1):
+            self.live.append(self.server.add(prompt, max_tokens, seed))
+
+    @rule(prompt=prompts, max_tokens=st.integers(2, 30))
+    def take_over(self, prompt: list[int], max_tokens: int) -> None:
+        if blocks_for(len(prompt), BLOCK_SIZE) <= self.server.pool.num_free and self.server.scheduler.fits(
+            len(prompt) + 1
+        ):
+            self.live.append(self.server.join(prompt, max_tokens))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.live))
+        self.live.remove(sequence)
+        self.server.scheduler.remove(sequence)
+
+    @rule(count=st.integers(1, 6))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.server.step()
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "server"):
+            self.server.check_books()
+
+    def teardown(self) -> None:
+        if hasattr(self, "server"):
+            self.server.run()
+
+
+TestServerMachine = ServerMachine.TestCase
+TestServerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def server(num_blocks: int = 64, tokens: int = 32, sequences: int = 8, prefix_caching: bool = True) -> Server:
+    limits = BatchLimits(max_batch_tokens=tokens, max_sequences=sequences)
+    return Server(num_blocks, limits, prefix_caching=prefix_caching)
+
+
+def shares(batch: Batch | None) -> list[tuple[str, int, int]]:
+    assert batch is not None
+    return [(row.sequence.request_id, row.start, row.num_tokens) for row in batch.rows]
+
+
+def test_prompts_share_the_budget_and_decodes_come_first() -> None:
+    worker = server(tokens=10)
+    worker.add(list(range(40, 46)), 9)
+    worker.add(list(range(50, 58)), 9)
+    assert shares(worker.step()) == [("r0", 0, 6), ("r1", 0, 4)]
+    assert shares(worker.step()) == [("r0", 6, 1), ("r1", 4, 4)]
+    worker.add(list(range(60, 80)), 9)
+    assert shares(worker.step()) == [("r0", 7, 1), ("r1", 8, 1), ("r2", 0, 8)]
+    worker.run()
+
+
+def test_preempted_sequence_recomputes_its_log_in_chunks() -> None:
+    worker = server(num_blocks=6, tokens=5, sequences=2, prefix_caching=False)
+    older = worker.add([65, 66, 67], 15)
+    younger = worker.add([70, 71, 72], 15)
+    worker.step_until(lambda: worker.scheduler.num_preemptions > 0)
+    assert worker.scheduler.preempted == [younger]
+    assert (younger.status, younger.num_computed_tokens, younger.block_table) == (SequenceStatus.WAITING, 0, [])
+    worker.run()
+    assert worker.finished == [older, younger]
+    assert worker.scheduler.num_preemptions == 1
+
+
+def test_preempted_sequence_finds_its_own_blocks_again() -> None:
+    worker = server(num_blocks=6, sequences=2)
+    worker.add([65, 66, 67], 13)
+    younger = worker.add([70, 71, 72], 16)
+    worker.step_until(lambda: younger in worker.scheduler.preempted)
+    worker.step_until(lambda: younger.status is SequenceStatus.RUNNING)
+    assert younger.num_computed_tokens >= BLOCK_SIZE
+    assert younger.num_cached_tokens == 0, "fixed at the first admission"
+    worker.run()
+
+
+def test_no_ping_pong_between_preemption_and_admission() -> None:
+    worker = server(num_blocks=8, sequences=4, prefix_caching=False)
+    for first in range(40, 100, 15):
+        worker.add(list(range(first, first + 6)), 20)
+    worker.run()
+    assert worker.scheduler.num_preemptions <= 4
+
+
+def test_newcomer_leaves_room_for_running_sequences() -> None:
+    worker = server(num_blocks=4)
+    worker.add([65] * 7, 5)
+    worker.step()
+    worker.add([66] * 8, 1)
+    batch = worker.step()
+    assert shares(batch) == [("r0", 7, 1)]
+    assert worker.pool.num_free == 2
+    worker.run()
+
+
+def test_cached_prompt_leaves_one_token_to_compute() -> None:
+    worker = server()
+    prompt = list(range(40, 48))
+    worker.add(prompt, 1)
+    worker.run()
+    again = worker.add(prompt, 1)
+    assert shares(worker.step()) == [("r1", 4, 4)]
+    assert again.num_cached_tokens == 4
+    longer = worker.add([*prompt, 99], 1)
+    assert shares(worker.step()) == [("r2", 8, 1)]
+    assert longer.num_cached_tokens == 8
+    worker.run()
+
+
+def test_salt_separates_prefixes() -> None:
+    worker = server()
+    prompt = list(range(40, 49))
+    worker.add(prompt, 1)
+    worker.run()
+    salted = Sequence.from_log(Request(request_id="salted", prompt_token_ids=tuple(prompt), cache_salt="tenant"))
+    worker.age[salted] = 1
+    worker.scheduler.add(salted)
+    worker.step()
+    assert salted.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_equal_prompts_that_arrive_together_are_computed_once(prefix_caching: bool) -> None:
+    worker = server(tokens=64, prefix_caching=prefix_caching)
+    prompt = list(range(40, 56))
+    for seed in range(1, 5):
+        worker.add(prompt, 3, seed)
+    worker.run()
+    cached = [sequence.num_cached_tokens for sequence in worker.finished]
+    assert cached == ([0, 12, 12, 12] if prefix_caching else [0, 0, 0, 0])
+
+
+def test_long_prompt_is_not_starved_by_a_flood_of_short_ones() -> None:
+    worker = server(num_blocks=16, tokens=8, sequences=3)
+    for first in range(40, 48):
+        worker.add([first] * 3, 6)
+    long = worker.add([65] * 40, 2)
+    for step in range(60):
+        worker.add([66 + step % 20] * 3, 6)
+        worker.step()
+    assert long in worker.finished
+    worker.run()
+
+
+def test_sequence_that_outgrows_the_pool_is_reported_and_dropped() -> None:
+    worker = server(num_blocks=3)
+    sequence = worker.add([65] * 8, 100)
+    waiting = worker.add([66] * 8, 2)
+    worker.run()
+    assert worker.starved == [sequence]
+    assert sequence.num_tokens == 3 * BLOCK_SIZE + 1
+    assert worker.finished == [waiting]
+    worker.scheduler.remove(sequence)
+    worker.check_books()
+
+
+def test_what_never_fits_is_refused() -> None:
+    worker = server(num_blocks=3)
+    assert worker.scheduler.fits(12)
+    assert not worker.scheduler.fits(13)
+    with pytest.raises(OutOfBlocks, match="13 tokens do not fit 3 blocks"):
+        worker.add([65] * 13, 1)
+
+
+def test_lone_sequence_waits_for_blocks_that_others_hold() -> None:
+    """Blocks may be with hand-offs, out of the scheduler's sight: that is no reason to fail."""
+    worker = server(num_blocks=4)
+    elsewhere = worker.pool.allocate(2)
+    sequence = worker.add([65] * 8, 4)
+    worker.step()
+    assert worker.step() is None
+    assert worker.scheduler.preempted == [sequence]
+    assert worker.step() is None
+    worker.pool.release(elsewhere)
+    worker.run()
+    assert worker.finished == [sequence]
+
+
+def test_pinned_sequence_keeps_its_blocks() -> None:
+    worker = server(num_blocks=8)
+    older = worker.add([65] * 4, 12)
+    middle = worker.add([70] * 4, 12)
+    worker.step()
+    pinned = worker.join([66] * 15, 9)
+    pinned.pinned = True
+    worker.step_until(lambda: bool(worker.scheduler.preempted))
+    assert worker.scheduler.preempted == [middle]
+    assert worker.scheduler.running == (older, pinned)
+    worker.run()
+    assert worker.finished == [older, pinned, middle]
+
+
+def test_detached_blocks_are_the_callers() -> None:
+    worker = server()
+    sequence = worker.add([65] * 8, 4)
+    worker.step()
+    blocks = worker.scheduler.detach(sequence)
+    assert blocks == sequence.block_table
+    assert sequence.status is SequenceStatus.HELD
+    assert worker.scheduler.running == ()
+    worker.pool.check_integrity({"hand-off": blocks})
+    worker.pool.release(reversed(blocks))
+    worker.run()
+
+
+def test_front_of_the_queue() -> None:
+    worker = server(sequences=1)
+    later = worker.sequence([66], 1)
+    worker.age[later] = -1
+    first = worker.add([65], 1)
+    worker.scheduler.add(later, front=True)
+    worker.run()
+    assert worker.finished == [later, first]
+
+
+def test_joined_sequences_beyond_the_limit_take_turns_by_age() -> None:
+    worker = server(tokens=4, sequences=2)
+    joined = [worker.join([first], 3) for first in (65, 66, 67)]
+    assert shares(worker.step()) == [("r0", 1, 1), ("r1", 1, 1)]
+    worker.run()
+    assert worker.finished == joined
+
+
+def test_queued_prefill_tokens() -> None:
+    worker = server(tokens=6, sequences=2)
+    for first in (65, 66, 67):
+        worker.add([first] * 5, 4)
+    assert worker.scheduler.prefill_tokens_queued == 15
+    worker.step()
+    assert worker.scheduler.prefill_tokens_queued == 9
+    worker.run()
+    assert worker.scheduler.prefill_tokens_queued == 0
+
+
+@pytest.mark.parametrize("values", [(8, 8), (8, 0), (0, 1)])
+def test_limits_that_would_starve_prefills_are_refused(values: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="max_sequences < max_batch_tokens"):
+        BatchLimits(*values)
