@@ -349,7 +349,7 @@ def test_pinned_sequence_keeps_its_blocks() -> None:
     assert worker.scheduler.preempted == [middle]
     assert worker.scheduler.running == (older, pinned)
     worker.run()
-    assert worker.finished == [older, pinned, middle]
+    assert worker.finished == [pinned, older, middle]
 
 
 def test_detached_blocks_are_the_callers() -> None:

@@ -17,7 +17,7 @@ from data import NAMES, make_sample
 
 BUCKETS = ((20, 50), (50, 100), (100, 200), (200, 400), (400, 600))
 TOKENS_PER_FACT = 5
-TOKENS_AROUND = 9
+TOKENS_AROUND = 11
 MAX_NEW_TOKENS = 8
 
 

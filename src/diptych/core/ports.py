@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from diptych.core.fleet import KVEndpoint, ModelInfo, Route, WorkerView
-from diptych.core.kv_layout import KVMemory, LayerTransfer
+from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
 from diptych.core.request import Request, SampledToken, TokenOutput
 from diptych.core.sequence import Batch
 from diptych.core.timeline import Timeline
@@ -24,6 +24,9 @@ class Engine(Protocol):
 
     @property
     def model(self) -> ModelInfo: ...
+
+    @property
+    def layout(self) -> KVLayout: ...
 
     def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> KVMemory:
         """Take `num_blocks` blocks of KV cache from `allocate(nbytes)` (zeroed, page-aligned bytes,

@@ -102,6 +102,7 @@ class ScriptedEngine:
         self._sleep = sleep
         self._kv: KVMemory | None = None
         self.model = self._script.info
+        self.layout = self._script.layout
 
     def step_seconds(self, batch: Batch) -> float:
         """How long a real model would take for `batch`."""

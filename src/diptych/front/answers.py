@@ -34,7 +34,7 @@ class ChatAnswer:
             first = {} if self._opened else self._prompt_token_ids()
             self._opened.add(delta.index)
             chunks.append(self._chunk(Delta(delta.index), {"role": "assistant", "content": ""}, None, usage) | first)
-        if delta.tokens:
+        if delta.text or (delta.tokens and self._shows_tokens):
             chunks.append(self._chunk(delta, {"content": delta.text}, None, usage))
         if delta.finish is not None:
             chunks.append(self._chunk(Delta(delta.index), {}, delta.finish, usage))
@@ -51,8 +51,12 @@ class ChatAnswer:
         choice = {"index": delta.index, "delta": content, "finish_reason": finish} | self._extras(delta)
         return self._envelope.chunk([choice], usage)
 
+    @property
+    def _shows_tokens(self) -> bool:
+        return self._request.return_token_ids or self._request.wants_logprobs
+
     def _extras(self, delta: Delta) -> Json:
-        wanted = self._request.requests[delta.index].sampling.logprobs is not None and delta.tokens
+        wanted = self._request.wants_logprobs and delta.tokens
         extras: Json = {"logprobs": chat_logprobs(delta, self._codec) if wanted else None}
         return extras | _token_ids(self._request, delta)
 
@@ -91,8 +95,7 @@ class CompletionAnswer:
         return choice
 
     def _choice(self, delta: Delta, text: str) -> Json:
-        wanted = self._request.requests[delta.index].sampling.logprobs is not None
-        logprobs = completion_logprobs(delta, self._codec) if wanted else None
+        logprobs = completion_logprobs(delta, self._codec) if self._request.wants_logprobs else None
         choice: Json = {"index": delta.index, "text": text, "logprobs": logprobs, "finish_reason": delta.finish}
         return choice | _token_ids(self._request, delta)
 

@@ -56,6 +56,10 @@ class GenerationRequest:
     def prompts(self) -> list[tuple[int, ...]]:
         return [request.prompt_token_ids for request in self.requests[:: self.n]]
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.requests[0].sampling.logprobs is not None
+
     def echo_of(self, choice: int) -> str:
         return self.echo[choice // self.n] if self.echo else ""
 

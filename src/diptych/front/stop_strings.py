@@ -9,7 +9,8 @@ class StopStrings:
     """Passes text on, but holds back an end that may yet become a stop string.
 
     Args:
-        stops: non-empty strings; the one that begins earliest wins.
+        stops: non-empty strings; the one that is complete first wins, and of those the longest. So the result
+            does not depend on where the text was cut into pieces.
         include: let the stop string itself through.
     """
 
@@ -22,11 +23,11 @@ class StopStrings:
     def add(self, text: str) -> tuple[str, bool]:
         """Returns the text that may be shown, and whether a stop string ended it."""
         text = self._held + text
-        found = [(position, stop) for stop in self._stops if (position := text.find(stop)) >= 0]
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            position, stop = min(found)
+            end, start = min(found)
             self._held = ""
-            return text[: position + (len(stop) if self._include else 0)], True
+            return text[: end if self._include else start], True
         cut = self._possible_start(text)
         self._held = text[cut:]
         return text[:cut], False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import assert_never
 
 from diptych.core.actions import (
@@ -42,14 +43,24 @@ from diptych.wire.channel import Channel
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
-HELLO_SECONDS = 10.0
+HELLO_SECONDS = 120.0  # between messages, while a worker loads its model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetCallbacks:
+    """What the router tells whoever supervises the workers, if anybody does.
+
+    `on_loading(worker_id, done, total)` while a worker loads its model, `on_joined` when it has
+    registered, `on_silent` when it has not been heard of for too long.
+    """
+
+    on_loading: Callable[[WorkerId, int, int], None] = lambda worker_id, done, total: None
+    on_joined: Callable[[WorkerId], None] = lambda worker_id: None
+    on_silent: Callable[[WorkerId], None] = lambda worker_id: None
 
 
 class Router:
-    """Implements core.ports.Dispatcher over a fleet of workers.
-
-    `on_joined(worker_id)` and `on_silent(worker_id)` tell the supervisor, if there is one.
-    """
+    """Implements core.ports.Dispatcher over a fleet of workers, of which `expected` are to come."""
 
     def __init__(
         self,
@@ -58,15 +69,13 @@ class Router:
         journal: Journal,
         *,
         expected: dict[WorkerId, Role],
-        on_joined: Callable[[WorkerId], None] = lambda worker_id: None,
-        on_silent: Callable[[WorkerId], None] = lambda worker_id: None,
+        callbacks: FleetCallbacks | None = None,
     ) -> None:
         self._policy = policy
         self._clock = clock
         self._journal = journal
         self._expected = expected
-        self._on_joined = on_joined
-        self._on_silent = on_silent
+        self._callbacks = callbacks or FleetCallbacks()
         self._fleet = FleetRegistry()
         self._streams: dict[str, RequestStream] = {}
         self._last_beat = clock.now()
@@ -131,10 +140,7 @@ class Router:
 
     async def _register(self, channel: Channel) -> WorkerLink | None:
         try:
-            async with asyncio.timeout(HELLO_SECONDS):
-                hello = await anext(aiter(channel))
-            if not isinstance(hello, messages.Hello):
-                raise HandshakeError(f"expected a hello, got {type(hello).__name__}")
+            hello = await self._hello(channel)
             older = self._fleet.admit(hello)
         except (PeerError, TimeoutError, StopAsyncIteration) as error:
             log.warning("a worker was refused: %s", error)
@@ -148,8 +154,22 @@ class Router:
         channel.send(messages.Welcome(messages.WIRE_VERSION))
         self._introduce(link)
         self._handle(WorkerUpdated(link.view()))
-        self._on_joined(link.worker_id)
+        self._callbacks.on_joined(link.worker_id)
         return link
+
+    async def _hello(self, channel: Channel) -> messages.Hello:
+        """Wait for a worker to load and introduce itself. Raises HandshakeError, TimeoutError, StopAsyncIteration."""
+        incoming = aiter(channel)
+        while True:
+            async with asyncio.timeout(HELLO_SECONDS):
+                message = await anext(incoming)
+            match message:
+                case messages.Hello():
+                    return message
+                case messages.Loading(worker_id, done, total):
+                    self._callbacks.on_loading(worker_id, done, total)
+                case _:
+                    raise HandshakeError(f"expected a hello, got {type(message).__name__}")
 
     def _introduce(self, newcomer: WorkerLink) -> None:
         """Have prefill workers open their data connections before the first request needs them."""
@@ -193,7 +213,7 @@ class Router:
             self._last_beat = now
             for link in self._fleet.silent(now):
                 log.warning("worker %s has fallen silent", link.worker_id)
-                self._on_silent(link.worker_id)
+                self._callbacks.on_silent(link.worker_id)
                 self._lost(link)
 
     def shutdown(self) -> None:

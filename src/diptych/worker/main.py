@@ -71,3 +71,27 @@ def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) ->
             "raise --kv-cache-tokens or lower --max-model-len"
         )
     return blocks_for(tokens, layout.block_size)
+
+
+async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> None:
+    """Live one worker's life. Returns at an orderly end; raises DiptychError with the reason otherwise."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    channel = await connect(settings.router, settings.key)
+    engine = await _load(settings, load, channel)
+    with contextlib.closing(engine):
+        num_blocks = kv_blocks(settings, engine.layout, engine.model.max_model_len)
+        with open_memory(settings, engine, num_blocks) as memory:
+            await _serve(settings, engine, memory, channel, stop)
+
+
+async def _load(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: Channel) -> Engine:
+    """Load the engine on another thread, telling the router how far it is."""
+    loop = asyncio.get_running_loop()
+
+    def on_progress(done: int, total: int) -> None:
+        loop.call_soon_threadsafe(channel.send, messages.Loading(settings.worker_id, done, total))
+
+    return await loop.run_in_executor(None, load, on_progress)

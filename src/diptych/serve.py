@@ -1,0 +1,202 @@
+"""Composition of `diptych serve`: front and router in this process, workers as processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diptych.core.clock import WallClock
+from diptych.core.errors import ConfigError
+from diptych.core.fleet import Role, WorkerId
+from diptych.core.settings import BatchSettings, CacheSettings, EngineSettings, WorkerSettings
+from diptych.fleet.local import LocalFleet
+from diptych.fleet.placement import place
+from diptych.front.app import create_app
+from diptych.front.server import serve as http_serve
+from diptych.front.settings import FrontSettings
+from diptych.front.tokenizer import ByteTokenizer, Tokenizer
+from diptych.policy.admission import AdmissionLimits
+from diptych.policy.dispatch import RouterPolicy
+from diptych.policy.routing import Routing
+from diptych.router.dispatch import FleetCallbacks, Router
+from diptych.startup import Screen
+from diptych.telemetry.journal import open_journal
+from diptych.wire.channel import listen
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = {"auto": ("shm", "tcp"), "shm": ("shm",), "tcp": ("tcp",)}
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """How many workers of each role, and how pages travel between them."""
+
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    transport: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"--transport {self.transport}: one of {', '.join(TRANSPORTS)}")
+        if self.prefill + self.decode + self.mixed == 0:
+            raise ConfigError("no workers: give --prefill and --decode, or --mixed")
+
+    def roles(self) -> dict[WorkerId, Role]:
+        """Worker ids and roles, prefill workers first."""
+        counts = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
+        return {f"{role}-{index}": role for role, count in counts for index in range(count)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    """Where the front listens, who may come in, and under which names the model goes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_model_names: tuple[str, ...] = ()
+    max_requests: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """Everything `diptych serve` is told, by the part that it concerns."""
+
+    pools: PoolSettings = field(default_factory=PoolSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
+    journal: Path | None = None
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError if it cannot start."""
+    import uvloop
+
+    uvloop.run(_serve(settings))
+
+
+@dataclass(slots=True)
+class _Fleet:
+    """Router and workers while they run. `started` ends when all workers have registered once."""
+
+    router: Router
+    screen: Screen
+    started: asyncio.Task[object]
+    failed: asyncio.Future[ConfigError]
+
+
+async def _serve(settings: ServeSettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop.set)
+    stopping = asyncio.create_task(stop.wait())
+    async with _fleet(settings) as fleet:
+        await asyncio.wait({fleet.started, fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if fleet.failed.done():
+            raise fleet.failed.result()
+        if not stop.is_set():
+            async with _front(settings, fleet) as url:
+                fleet.screen.ready(url, fleet.router)
+                await asyncio.wait({fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        fleet.screen.stopping()
+    stopping.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _front(settings: ServeSettings, fleet: _Fleet) -> AsyncIterator[str]:
+    """The HTTP server; yields its URL."""
+    scripted = settings.engine.kind == "scripted"
+    codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
+    names = settings.http.served_model_names or (fleet.router.model.name,)
+    front = FrontSettings(served_model_names=names, api_keys=settings.http.api_keys)
+    app = create_app(fleet.router, codec, front)
+    async with http_serve(app, settings.http.host, settings.http.port) as server:
+        fleet.screen.model = names[0]
+        yield server.url
+
+
+@contextlib.asynccontextmanager
+async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
+    """The router, listening on a private socket, and its workers."""
+    roles = settings.pools.roles()
+    key = secrets.token_bytes(KEY_BYTES)
+    with tempfile.TemporaryDirectory(prefix="diptych-") as run_dir:
+        address = f"unix:{run_dir}/router.sock"
+        workers = LocalFleet(_worker_settings(settings, roles, address, key, run_dir))
+        screen = Screen(roles)
+        awaited = set(roles)
+        started = asyncio.Event()
+
+        def on_joined(worker_id: WorkerId) -> None:
+            workers.confirm_started(worker_id)
+            screen.joined(worker_id)
+            awaited.discard(worker_id)
+            if not awaited:
+                started.set()
+
+        policy = RouterPolicy(
+            Routing(transports=TRANSPORTS[settings.pools.transport]),
+            AdmissionLimits(max_requests=settings.http.max_requests),
+        )
+        journal = open_journal(_journal_path(settings, "router"))
+        callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)
+        router = Router(policy, WallClock(), journal, expected=roles, callbacks=callbacks)
+        tasks: list[asyncio.Task[object]] = [asyncio.create_task(router.beat())]
+        listener = await listen(address, key, router.on_channel)
+        try:
+            workers.start()
+            waiting = asyncio.create_task(started.wait())
+            tasks.append(waiting)
+            with screen:
+                yield _Fleet(router, screen, waiting, workers.failed)
+        finally:
+            router.shutdown()
+            await workers.stop()
+            await listener.close()
+            for task in tasks:
+                task.cancel()
+            journal.close()
+
+
+def _worker_settings(
+    settings: ServeSettings, roles: dict[WorkerId, Role], router: str, key: bytes, run_dir: str
+) -> list[WorkerSettings]:
+    cpus = place(len(roles), sorted(os.sched_getaffinity(0)))
+    return [
+        WorkerSettings(
+            worker_id=worker_id,
+            role=role,
+            epoch=1,
+            router=router,
+            key=key,
+            run_dir=run_dir,
+            transports=TRANSPORTS[settings.pools.transport],
+            engine=settings.engine,
+            cache=settings.cache,
+            batch=settings.batch,
+            cpu=cpu,
+            journal=_journal_path(settings, worker_id),
+        )
+        for (worker_id, role), cpu in zip(roles.items(), cpus, strict=True)
+    ]
+
+
+def _journal_path(settings: ServeSettings, name: str) -> str | None:
+    if settings.journal is None:
+        return None
+    settings.journal.mkdir(parents=True, exist_ok=True)
+    return str(settings.journal / f"{name}.jsonl")

@@ -1,0 +1,51 @@
+"""Composition of one worker process: an engine, KV memory, transports, and the worker around them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from diptych.core.errors import ConfigError
+from diptych.core.ports import Engine
+from diptych.core.settings import EngineSettings, WorkerSettings
+from diptych.worker.main import OnProgress, pin, run_worker
+
+
+def run(settings: WorkerSettings) -> None:
+    """Serve until told to end. Raises DiptychError if it cannot start."""
+    pin(settings.cpu.cores)
+    asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
+
+
+def load_engine(settings: WorkerSettings, on_progress: OnProgress) -> Engine:
+    """Build the engine that the settings name. Blocking; heavy imports happen here."""
+    match settings.engine.kind:
+        case "torch":
+            return _load_torch(settings.engine, settings.cpu.threads, on_progress)
+        case "scripted":
+            return _load_scripted(settings.engine)
+        case other:
+            raise ConfigError(f"--engine {other}: one of torch, scripted")
+
+
+def _load_torch(engine: EngineSettings, threads: int, on_progress: OnProgress) -> Engine:
+    import torch
+
+    from diptych.engine.torch_engine.runner import TorchEngine
+
+    torch.set_num_threads(threads)
+    return TorchEngine.load(
+        engine.model,
+        device=engine.device,
+        dtype=engine.dtype,
+        block_size=engine.block_size,
+        max_model_len=engine.max_model_len,
+        on_progress=on_progress,
+    )
+
+
+def _load_scripted(engine: EngineSettings) -> Engine:
+    from diptych.engine.scripted import ScriptedEngine, ScriptedModel
+
+    model = ScriptedModel(block_size=engine.block_size, max_model_len=engine.max_model_len or 4096)
+    return ScriptedEngine(model, sleep=time.sleep)
