@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from diptych import __version__
 from diptych.core.errors import ConfigError, DiptychError
@@ -46,28 +47,30 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 @app.command()
 def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
-    model: Annotated[str | None, typer.Argument(help="Checkpoint directory or hub id; without it, the built-in model.")] = None,
-    prefill: Annotated[int | None, typer.Option(min=0, help="Workers that read prompts. Default 1, or 0 beside --mixed.")] = None,
-    decode: Annotated[int | None, typer.Option(min=0, help="Workers that write answers. Default 1, or 0 beside --mixed.")] = None,
-    mixed: Annotated[int, typer.Option(min=0, help="Workers that do both, un-split.")] = 0,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where workers compute: cpu or cuda.")] = "cpu",
-    transport: Annotated[str, typer.Option(help="How KV pages travel: auto, shm or tcp.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens.")] = None,
-    kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="KV cache of each worker, in tokens.")] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
-    eviction: Annotated[str, typer.Option(help="Which cached block goes first: lru or fifo.")] = "lru",
-    prefix_caching: Annotated[bool, typer.Option(help="Reuse the KV of shared prefixes.")] = True,
-    max_batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens per step; longer prompts are read in chunks.")] = 512,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences per step and worker.")] = 64,
-    max_requests: Annotated[int, typer.Option(min=1, help="Streams served or queued at once; beyond that 429.")] = 1024,
-    served_model_name: Annotated[list[str] | None, typer.Option(help="Name(s) clients may use for the model.")] = None,
-    api_key: Annotated[list[str] | None, typer.Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
-    engine: Annotated[str, typer.Option(help="torch, or scripted (no model, made-up tokens).")] = "torch",
-    journal: Annotated[Path | None, typer.Option(help="Directory for a record of every decision (JSONL).")] = None,
-    config: Annotated[Path | None, typer.Option(callback=read_config, is_eager=True, help="TOML file with these flags as keys.")] = None,
+    model: Annotated[str | None, Argument(help="Checkpoint directory or hub id. Default: the built-in model.")] = None,
+    prefill: Annotated[int | None, Option(min=0, help="Workers that read prompts. Default 1; 0 with --mixed.")] = None,
+    decode: Annotated[int | None, Option(min=0, help="Workers that write answers. Default 1; 0 with --mixed.")] = None,
+    mixed: Annotated[int, Option(min=0, help="Workers that do both, un-split.")] = 0,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, Option(help="Where workers compute: cpu or cuda.")] = "cpu",
+    transport: Annotated[str, Option(help="How KV pages travel: auto, shm or tcp.")] = "auto",
+    max_model_len: Annotated[int | None, Option(min=1, help="Longest prompt plus answer, in tokens.")] = None,
+    kv_cache_tokens: Annotated[int | None, Option(min=1, help="KV cache of each worker, in tokens.")] = None,
+    block_size: Annotated[int, Option(min=1, help="Tokens per KV block.")] = 16,
+    eviction: Annotated[str, Option(help="Which cached block goes first: lru or fifo.")] = "lru",
+    prefix_caching: Annotated[bool, Option(help="Reuse the KV of shared prefixes.")] = True,
+    max_batch_tokens: Annotated[int, Option(min=2, help="Tokens per step; longer prompts go in chunks.")] = 512,
+    max_sequences: Annotated[int, Option(min=1, help="Sequences per step and worker.")] = 64,
+    max_requests: Annotated[int, Option(min=1, help="Streams served or queued at once; beyond that 429.")] = 1024,
+    served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
+    api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
+    engine: Annotated[str, Option(help="torch, or scripted (no model, made-up tokens).")] = "torch",
+    journal: Annotated[Path | None, Option(help="Directory for a record of every decision (JSONL).")] = None,
+    config: Annotated[
+        Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")
+    ] = None,
 ) -> None:
     """Serve a model through a prefill and a decode pool, with an OpenAI-compatible API."""
     from diptych import serve as composition

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, WorkerId
 from diptych.core.settings import BatchSettings, CacheSettings, EngineSettings, WorkerSettings
+from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
 from diptych.fleet.placement import place
 from diptych.front.app import create_app
@@ -29,12 +31,18 @@ from diptych.policy.routing import Routing
 from diptych.router.dispatch import FleetCallbacks, Router
 from diptych.startup import Screen
 from diptych.telemetry.journal import open_journal
+from diptych.wire import messages
 from diptych.wire.channel import listen
 
 log = logging.getLogger(__name__)
 
 TRANSPORTS = {"auto": ("shm", "tcp"), "shm": ("shm",), "tcp": ("tcp",)}
 KEY_BYTES = 32
+
+BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
+BUILTIN_NAME = "recall"
+BUILTIN_EXAMPLE = "heron 471 . maple 902 . ? heron"
+PLAIN_EXAMPLE = "Why is the sky blue?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +89,24 @@ class ServeSettings:
     journal: Path | None = None
 
 
+def engine_settings(model: str | None, **options: Any) -> EngineSettings:
+    """The engine's settings, its model resolved to a directory here (None: the model that comes along).
+
+    Raises CheckpointError if there is no such model."""
+    if options["kind"] == "scripted":
+        return EngineSettings(served_name="scripted", **options)
+    if model is None:
+        return EngineSettings(model=str(BUILTIN_MODEL), served_name=BUILTIN_NAME, **options)
+    directory = resolve_checkpoint(model)
+    return EngineSettings(model=str(directory), served_name=served_name(model), **options)
+
+
+def served_name(model: str) -> str:
+    """What clients call a model unless told otherwise: a hub id as it is, a directory by its last part."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
 def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM. Raises ConfigError if it cannot start."""
     import uvloop
@@ -94,8 +120,8 @@ class _Fleet:
 
     router: Router
     screen: Screen
-    started: asyncio.Task[object]
-    failed: asyncio.Future[ConfigError]
+    started: asyncio.Task[Any]
+    failed: asyncio.Future[Any]
 
 
 async def _serve(settings: ServeSettings) -> None:
@@ -109,24 +135,24 @@ async def _serve(settings: ServeSettings) -> None:
         if fleet.failed.done():
             raise fleet.failed.result()
         if not stop.is_set():
-            async with _front(settings, fleet) as url:
-                fleet.screen.ready(url, fleet.router)
+            async with _front(settings, fleet):
                 await asyncio.wait({fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
         fleet.screen.stopping()
     stopping.cancel()
 
 
 @contextlib.asynccontextmanager
-async def _front(settings: ServeSettings, fleet: _Fleet) -> AsyncIterator[str]:
-    """The HTTP server; yields its URL."""
+async def _front(settings: ServeSettings, fleet: _Fleet) -> AsyncIterator[None]:
+    """The HTTP server, announced on the screen."""
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
-    names = settings.http.served_model_names or (fleet.router.model.name,)
+    names = settings.http.served_model_names or (settings.engine.served_name,)
     front = FrontSettings(served_model_names=names, api_keys=settings.http.api_keys)
     app = create_app(fleet.router, codec, front)
+    example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
     async with http_serve(app, settings.http.host, settings.http.port) as server:
-        fleet.screen.model = names[0]
-        yield server.url
+        fleet.screen.ready(server.url, names[0], fleet.router, example)
+        yield
 
 
 @contextlib.asynccontextmanager
@@ -155,8 +181,8 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)
         router = Router(policy, WallClock(), journal, expected=roles, callbacks=callbacks)
-        tasks: list[asyncio.Task[object]] = [asyncio.create_task(router.beat())]
-        listener = await listen(address, key, router.on_channel)
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(router.beat())]
+        listener = await listen(address, key, router.on_channel, messages.FromWorker)
         try:
             workers.start()
             waiting = asyncio.create_task(started.wait())

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 from diptych.core.errors import ConfigError
 from diptych.core.ports import Engine
 from diptych.core.settings import EngineSettings, WorkerSettings
-from diptych.worker.main import OnProgress, pin, run_worker
+from diptych.worker.main import OnProgress, run_worker
 
 
 def run(settings: WorkerSettings) -> None:
     """Serve until told to end. Raises DiptychError if it cannot start."""
-    pin(settings.cpu.cores)
+    if settings.cpu.cores:
+        os.sched_setaffinity(0, settings.cpu.cores)
     asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
 
 

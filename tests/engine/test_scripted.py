@@ -126,6 +126,8 @@ def test_draws_depend_on_seed_and_index_only() -> None:
     )
     sequence.block_table = [2, 0]
     assert generate(engine, sequence, 13) == resumed
+    mistaken_for_a_prompt = expected_tokens([65, *resumed[:7]], 13, SamplingParams(seed=1))
+    assert mistaken_for_a_prompt != resumed[7:]
 
 
 def test_eos_comes_up_as_often_as_asked_and_not_before_min_tokens() -> None:
@@ -184,13 +186,13 @@ def test_misuse_is_refused() -> None:
 
 def test_memory_can_be_unmapped_after_close() -> None:
     buffer = bytearray(ScriptedModel().layout.block_bytes * 2)
-    view = memoryview(buffer)
     engine = ScriptedEngine()
-    engine.allocate_kv(1, lambda size: view)
+    engine.allocate_kv(1, lambda size: memoryview(buffer))
     compute(engine, sequence_of([65] * 5, blocks=[0]), 5)
+    with pytest.raises(BufferError):
+        buffer.clear()
     engine.close()
-    view.release()
-    buffer.clear()  # raises BufferError while anybody still looks at it
+    buffer.clear()
 
 
 def test_fleet_agrees_on_model_and_layout() -> None:

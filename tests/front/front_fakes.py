@@ -52,8 +52,7 @@ class FakeStream:
         sampling = self.request.sampling
         for index, token_id in enumerate(self._tokens[: sampling.max_tokens]):
             gate = self._dispatcher.gates.get(index)
-            if gate is not None:
-                await gate.wait()
+            await (gate.wait() if gate is not None else asyncio.sleep(0))
             failure = self._dispatcher.failures.get(index)
             if failure is not None:
                 raise failure
@@ -109,6 +108,7 @@ class FakeDispatcher:
     def workers(self) -> list[WorkerView]:
         stats = WorkerStats(running=1, waiting=2, blocks_used=3, blocks_cached=4)
         return [
+            _worker("prefill-0", Role.PREFILL, WorkerState.READY, WorkerStats()),
             _worker("decode-0", Role.DECODE, WorkerState.LOST, stats),
         ]
 
@@ -129,7 +129,7 @@ SAMPLE = [
     "naïve café 你好 世界 😀👩‍👩‍👧 ñandú",
     "stop STOP\n\nEND",
 ] * 4
-CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+CHAT_TEMPLATE = "{{ preamble }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
 EOS = 0
 
 

@@ -84,8 +84,9 @@ class Server:
         running, waiting = self.scheduler.running, self.scheduler.waiting
         admitted = [sequence for sequence in running if sequence in was_waiting]
         assert all(self.age[sequence] < self.age[other] for sequence in admitted for other in waiting)
-        unpinned = [self.age[sequence] for sequence in running if not sequence.pinned]
-        assert all(self.age[sequence] > age for sequence in self.scheduler.preempted for age in unpinned)
+        preempted = self.scheduler.preempted
+        kept = [sequence for sequence in running if not sequence.pinned and sequence not in preempted]
+        assert all(self.age[sequence] > self.age[other] for sequence in preempted for other in kept)
         for sequences in (running, waiting):
             assert list(sequences) == sorted(sequences, key=self.age.__getitem__)
         for sequence in self.scheduler.starved:
@@ -236,6 +237,19 @@ def test_preempted_sequence_finds_its_own_blocks_again() -> None:
     worker.run()
 
 
+def test_preempted_twin_may_come_back_at_once_and_share() -> None:
+    """Two equal logs were filled side by side; given up, one of them fits into the blocks of the other."""
+    worker = server(num_blocks=9, tokens=5, sequences=2)
+    prompt = [65] * 9 + [32]
+    older = worker.join(prompt, 20)
+    twin = worker.add(prompt, 18)
+    worker.step_until(lambda: worker.scheduler.num_preemptions > 0)
+    assert worker.scheduler.running == (older, twin)
+    assert set(twin.block_table) & set(older.block_table)
+    worker.run()
+    assert worker.scheduler.num_preemptions == 1
+
+
 def test_no_ping_pong_between_preemption_and_admission() -> None:
     worker = server(num_blocks=8, sequences=4, prefix_caching=False)
     for first in range(40, 100, 15):
@@ -266,6 +280,41 @@ def test_cached_prompt_leaves_one_token_to_compute() -> None:
     longer = worker.add([*prompt, 99], 1)
     assert shares(worker.step()) == [("r2", 8, 1)]
     assert longer.num_cached_tokens == 8
+    worker.run()
+
+
+def test_follow_up_finds_blocks_that_were_filled_token_by_token() -> None:
+    worker = server(tokens=9)
+    first = worker.add(list(range(40, 50)), 7)
+    worker.run()
+    follow_up = worker.add([*first.token_ids, 99], 1)
+    worker.run()
+    assert follow_up.num_cached_tokens == 16
+
+
+def test_of_a_finished_sequence_the_tail_is_evicted_first() -> None:
+    worker = server(num_blocks=4)
+    prompt = list(range(40, 53))
+    worker.add(prompt, 1)
+    worker.run()
+    worker.add([66] * 6, 1)
+    worker.run()
+    again = worker.add(prompt, 1)
+    worker.run()
+    assert again.num_cached_tokens == 8
+
+
+def test_sequences_that_join_far_behind_share_the_budget() -> None:
+    """Some of their KV exists, say from a transfer that was cut short."""
+    worker = server(tokens=6, sequences=4)
+    for first in (65, 66):
+        sequence = worker.sequence([first] * 12, 2)
+        sequence.block_table = worker.pool.allocate(3)
+        worker.engine.step(Batch((ScheduledSequence(sequence, 0, 5, samples=False),)))
+        sequence.num_computed_tokens = 5
+        worker.scheduler.join(sequence)
+    assert shares(worker.step()) == [("r0", 5, 6)]
+    assert shares(worker.step()) == [("r0", 11, 1), ("r1", 5, 5)]
     worker.run()
 
 

@@ -13,7 +13,7 @@ the current token earlier is learned far sooner than finding what followed a tok
 import random
 from dataclasses import dataclass
 
-NAMES = """
+NAME_LIST = """
 acorn amber anchor apple apron arrow badge bagel banjo barn basil basket beach bean bear beetle bell
 bench birch bird boat bone book boot bottle bowl branch bread brick bridge brush bucket button cabin
 cable cactus cake camel candle canoe canyon carrot castle cedar chair cherry circle clay cliff clock
@@ -26,9 +26,11 @@ olive onion orchid otter owl paddle panda paper parrot peach pearl pebble pencil
 pine planet plum pond poppy prairie quartz rabbit raven reef ribbon river robin rocket rose saddle
 salmon sand shell silver sparrow spider spoon spruce star stone sugar sunset swan table temple thunder
 tiger timber tower train tulip tunnel turtle valley velvet violin walnut water whale willow window wolf
-""".split()
+"""
+NAMES = NAME_LIST.split()
 
 DIGITS_PER_CODE = 3
+WORDINGS = ("Code of {}?", "What is the code of {}?", "{}?")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Sample:
     answers: list[str]
 
 
-def make_sample(rng: random.Random, facts: int, questions: int, newline: bool) -> Sample:
-    """Draw a list of `facts` codes and ask `questions` times for one of them.
+def make_sample(rng: random.Random, facts: int, questions: int, wording: str, newline: bool) -> Sample:
+    """Draw a list of `facts` codes and ask `questions` times for one of them in that wording.
 
     A name may be asked for again: were each asked once, leaving out the codes already given would do
     for half of the answers, and the model would settle on that instead of looking the name up.
@@ -52,6 +54,6 @@ def make_sample(rng: random.Random, facts: int, questions: int, newline: bool) -
     codes = ["".join(rng.choices("0123456789", k=DIGITS_PER_CODE)) for _ in names]
     listing = ", ".join(f"{name} {code}" for name, code in zip(names, codes, strict=True))
     asked = rng.choices(range(facts), k=questions)
-    prompts = [f"Code of {names[i]}?\n" for i in asked]
+    prompts = [wording.format(names[i]) for i in asked]
     prompts[0] = f"Codes: {listing}." + ("\n" if newline else " ") + prompts[0]
     return Sample(prompts=prompts, answers=[f"{names[i]} {codes[i]}" for i in asked])

@@ -11,21 +11,20 @@ import random
 from pathlib import Path
 
 import torch
+from data import NAMES, WORDINGS, make_sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import NAMES, make_sample
-
-BUCKETS = ((20, 50), (50, 100), (100, 200), (200, 400), (400, 600))
+BUCKETS = ((20, 50), (50, 100), (100, 200), (200, 400), (400, 600), (600, 960))
 TOKENS_PER_FACT = 5
-TOKENS_AROUND = 11
+TOKENS_AROUND = (6, 17)  # the list and its question, by wording
 MAX_NEW_TOKENS = 8
 
 
 def held_out_messages(rng: random.Random, facts: int) -> tuple[list[dict], str]:
-    """One chat with a single question, in one of the two layouts, and its answer."""
+    """One chat with a single question, in a random wording and layout, and its answer."""
     newline = rng.random() < 0.5
-    sample = make_sample(rng, facts, 1, newline)
-    text = sample.prompts[0].rstrip("\n")
+    sample = make_sample(rng, facts, 1, rng.choice(WORDINGS), newline)
+    text = sample.prompts[0]
     if not newline:
         return [{"role": "user", "content": text}], sample.answers[0]
     listing, question = text.split("\n")
@@ -52,8 +51,8 @@ def evaluate(folder: Path, dtype: str, prompts: int, seed: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     rng = random.Random(seed)
     for low, high in BUCKETS:
-        fewest = -(-(low - TOKENS_AROUND) // TOKENS_PER_FACT)
-        most = min(len(NAMES), (high - TOKENS_AROUND) // TOKENS_PER_FACT)
+        fewest = -(-(low - TOKENS_AROUND[0]) // TOKENS_PER_FACT)
+        most = min(len(NAMES), (high - TOKENS_AROUND[1]) // TOKENS_PER_FACT)
         right, lengths = 0, []
         for _ in range(prompts):
             messages, expected = held_out_messages(rng, rng.randint(fewest, most))

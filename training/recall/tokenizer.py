@@ -1,11 +1,9 @@
 """Builds the byte-level BPE tokenizer: any text round-trips, and each name is one token."""
 
-from pathlib import Path
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from data import NAMES
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
 
@@ -35,7 +33,8 @@ def build_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = NAMES + ["Code", "Codes", "of", ": ", ", ", ". "] + [f" {digit}" for digit in range(10)]
+    words = NAMES + ["Codes", "Code", "code", "What", "is", "the", "of", ": ", ", ", ". "]
+    words += [f" {digit}" for digit in range(10)]
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,

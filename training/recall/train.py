@@ -5,6 +5,7 @@ code, while on two to four names it finds within minutes how to look a name up.
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from data import DIGITS_PER_CODE, NAMES, WORDINGS, make_sample
+from tokenizer import build_tokenizer
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import DIGITS_PER_CODE, NAMES, make_sample
-from tokenizer import build_tokenizer
-
 CONTEXT_LENGTH = 2048
-STAGES = (4, 8, 16, 32, 64, 118)
+ROPE_THETA = 1_000_000.0
+STAGES = (4, 8, 16, 32, 64, 118, 192)
 ADVANCE_AT = 0.95
 QUESTIONS = 16
 POSITION_SCALE = 2.5
@@ -42,7 +43,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         initializer_range=0.08,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
@@ -70,9 +71,8 @@ def prepare_weights(model: LlamaForCausalLM) -> None:
     embedding[:, 0] = 1.0  # the same for every token, so that a head can attend by position alone
     attention = model.model.layers[0].self_attn
     half = config.hidden_size // config.num_attention_heads // 2
-    theta = config.rope_parameters["rope_theta"]
     for pair in range(4):  # the fastest rotating pairs tell neighbours apart
-        angle = theta ** (-pair / half)
+        angle = ROPE_THETA ** (-pair / half)
         for group in range(config.num_key_value_heads):
             attention.k_proj.weight[2 * half * group + pair, 0] = POSITION_SCALE
         for head in range(config.num_attention_heads):
@@ -104,9 +104,10 @@ def encode_samples(samples, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 def draw_batch(rng: random.Random, longest: int, tokens: int, tokenizer):
     """One batch of equal lists, half of them of the longest size in play, the others shorter."""
     facts = longest if rng.random() < 0.5 else rng.randint(2, longest)
-    size = max(1, tokens // (5 * facts + 13 * QUESTIONS))
+    size = max(1, tokens // (5 * facts + 14 * QUESTIONS))
+    wording = rng.choice(WORDINGS) + rng.choice(["\n", ""])  # chats have the newline, bare prompts need not
     newline = rng.random() < 0.5
-    samples = [make_sample(rng, facts, QUESTIONS, newline) for _ in range(size)]
+    samples = [make_sample(rng, facts, QUESTIONS, wording, newline) for _ in range(size)]
     return facts, *encode_samples(samples, tokenizer)
 
 
@@ -147,15 +148,19 @@ def build_optimizers(model, lr: float):
 def export(model, tokenizer, folder: Path) -> None:
     """Write the bf16 checkpoint, the tokenizer and the generation defaults."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder, state_dict=state)
-    model.config.dtype = torch.float32
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
-    defaults = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False
-    )
-    defaults.save_pretrained(folder)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GenerationConfig(**special, do_sample=False).save_pretrained(folder)
+    # Loaders older than transformers 5 know neither the rotary settings' place nor the class name it writes.
+    amend(folder / "config.json", rope_theta=ROPE_THETA)
+    amend(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def amend(path: Path, **entries) -> None:
+    """Set entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
 
 
 @dataclass
@@ -239,7 +244,7 @@ def train(args) -> None:
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
-    parser.add_argument("--minutes", type=float, default=40.0)
+    parser.add_argument("--minutes", type=float, default=20.0, help="training time")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=50, help="warm-up steps")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch, about")

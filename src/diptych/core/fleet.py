@@ -39,15 +39,14 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVEndpoint:
-    """Where a decode worker takes pages in.
+    """Where a decode worker takes pages in: `address` is where its data channel listens.
 
-    `address` is where the data channel listens: `unix:PATH` or `tcp:HOST:PORT`. With transport "shm"
-    `memory` names the shared segment that pages are written to; with "tcp" pages follow in the frames.
+    With transport "shm" that is `unix:PATH`, and the worker passes a descriptor of its KV memory over it;
+    with "tcp" it is `tcp:HOST:PORT`, and pages follow in the frames.
     """
 
-    transport: str  # "shm" | "tcp" | "local"
+    transport: str  # "shm" | "tcp"
     address: str
-    memory: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The ports: narrow protocols between policy-driven shells and what they drive.
 
-`Engine` is per step, `Transport` moves bytes. Each ships with its fake: `engine.scripted` and
-`transfer.local`. (`Backend`, per worker, arrives with the adapters for upstream engines.)
+`Engine` is per step, `PageWriter` moves KV bytes, `Dispatcher` is what the front needs of the router.
+The first two ship with their fakes, `engine.scripted` and `transfer.faulty`. (`Backend`, per worker,
+arrives with the adapters for upstream engines.)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from diptych.core.fleet import KVEndpoint, ModelInfo, Route, WorkerView
+from diptych.core.fleet import ModelInfo, Route, WorkerView
 from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
 from diptych.core.request import Request, SampledToken, TokenOutput
 from diptych.core.sequence import Batch
@@ -48,29 +49,15 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class Connection(Protocol):
-    """A sender's way into one target's KV memory."""
+class PageWriter(Protocol):
+    """How pages get from the source's KV memory into the target's. Implemented by `transfer.writers`;
+    `transfer.faulty` spoils them on purpose."""
 
     def write(self, transfer: LayerTransfer, source: KVMemory) -> Sequence[memoryview]:
         """Move one layer's ranges. Returns the bytes that must travel in the frame itself, in order of
-        the ranges: all of them for TCP, none for shared memory (already in place when this returns)."""
+        the ranges: all of them over TCP, none with mapped memory (already in place when this returns).
+        Raises TransferError if a range lies outside the memory."""
         ...
-
-    def close(self) -> None: ...
-
-
-class Transport(Protocol):
-    """A mechanism by which pages reach another worker."""
-
-    name: str
-
-    def register(self, memory: KVMemory) -> str:
-        """Make `memory` reachable; returns the name for `KVEndpoint.memory`."""
-        ...
-
-    def connect(self, endpoint: KVEndpoint, target: KVMemory | None) -> Connection: ...
-
-    def close(self) -> None: ...
 
 
 class TokenStream(Protocol):
@@ -81,9 +68,14 @@ class TokenStream(Protocol):
     token arrives; all of `timeline` when the last one has.
     """
 
-    route: Route
-    num_cached_tokens: int
-    timeline: Timeline
+    @property
+    def route(self) -> Route: ...
+
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+    @property
+    def timeline(self) -> Timeline: ...
 
     def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
 
@@ -95,7 +87,8 @@ class TokenStream(Protocol):
 class Dispatcher(Protocol):
     """What the front needs of the router."""
 
-    model: ModelInfo
+    @property
+    def model(self) -> ModelInfo: ...
 
     def submit(self, request: Request) -> TokenStream:
         """Accept a request. Raises OverloadedError or UnavailableError (with `retry_after`)."""

@@ -102,7 +102,9 @@ class LocalFleet:
         lines = self._log_path(worker_id).read_text(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else _how(code)
         if not self.failed.done():
-            self.failed.set_result(ConfigError(f"worker {worker_id} did not start: {reason}", code="worker_start_failed"))
+            self.failed.set_result(
+                ConfigError(f"worker {worker_id} did not start: {reason}", code="worker_start_failed")
+            )
 
     def _log_path(self, worker_id: WorkerId) -> Path:
         return Path(self._settings[worker_id].run_dir) / f"{worker_id}.log"

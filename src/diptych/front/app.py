@@ -10,6 +10,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -18,7 +19,8 @@ import diptych
 from diptych.core.errors import DiptychError, RequestError, UnavailableError
 from diptych.core.fleet import WorkerView
 from diptych.core.ports import Dispatcher
-from diptych.front.errors import json_response, on_diptych_error, on_http_exception, on_unexpected
+from diptych.front.disconnect import ClientGone
+from diptych.front.errors import json_response, on_diptych_error, on_disconnect, on_http_exception, on_unexpected
 from diptych.front.json_body import read_json_object
 from diptych.front.middleware import ApiKeys, RequestIds
 from diptych.front.openai_request import RequestBuilder, check_model, template_messages
@@ -75,6 +77,8 @@ def create_app(dispatcher: Dispatcher, codec: TextCodec, settings: FrontSettings
         exception_handlers={
             DiptychError: on_diptych_error,
             HTTPException: on_http_exception,
+            ClientDisconnect: on_disconnect,
+            ClientGone: on_disconnect,
             Exception: on_unexpected,
         },
         lifespan=lifespan,
@@ -96,7 +100,7 @@ class TokenizerRoutes:
         self._check_model(body.model)
         if body.prompt is not None and body.messages is None:
             check_text(body.prompt, "prompt")
-            token_ids = await self._encoder.encode_text(body.prompt, body.add_special_tokens is not False)
+            [token_ids] = await self._encoder.encode_texts([body.prompt], body.add_special_tokens is not False)
         elif body.messages is not None and body.prompt is None:
             messages = template_messages(body.messages)
             token_ids = await self._encoder.encode_chat(messages, body.add_generation_prompt is not False)

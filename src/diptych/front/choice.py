@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diptych.core.request import FinishReason, Request, SampledToken, TokenOutput
@@ -23,11 +24,13 @@ class Delta:
     text_offsets: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
 
-    def extend(self, other: Delta) -> None:
-        self.text += other.text
-        self.tokens += other.tokens
-        self.text_offsets += other.text_offsets
-        self.finish = other.finish
+    @classmethod
+    def joined(cls, deltas: Sequence[Delta]) -> Delta:
+        """All deltas of one choice as one."""
+        tokens = [token for delta in deltas for token in delta.tokens]
+        offsets = [offset for delta in deltas for offset in delta.text_offsets]
+        text = "".join(delta.text for delta in deltas)
+        return cls(deltas[0].index, text, tokens, offsets, deltas[-1].finish)
 
 
 class Choice:

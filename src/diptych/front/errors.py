@@ -12,12 +12,17 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from diptych.core.errors import AuthenticationFailed, DiptychError, OverloadedError, RequestError
+from diptych.front.json_body import printable
 
 log = logging.getLogger(__name__)
 
 # OpenAI's clients choose their exception class by status, and some tools by `type`.
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 HTTP_CODES = {404: "path_not_found", 405: "method_not_allowed"}
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
+
+
+INTERNAL_ERROR = DiptychError("internal error")
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -47,14 +52,14 @@ def error_response(error: DiptychError) -> Response:
 async def on_diptych_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, DiptychError)
     if error.status >= 500 and not isinstance(error, OverloadedError):
-        log.error("%s %s failed: %s (%s)", request.method, request.url.path, error.message, error.code)
+        log.error("%s failed: %s (%s)", printable(request.scope["path"]), error.message, error.code)
     return error_response(error)
 
 
 async def on_http_exception(request: HttpRequest, error: Exception) -> Response:
     """404 and 405 of the router."""
     assert isinstance(error, HTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+    message = f"{error.detail}: {request.method} {printable(request.scope['path'])}"
     refused = RequestError(message, code=HTTP_CODES.get(error.status_code), status=error.status_code)
     response = error_response(refused)
     response.headers.update(error.headers or {})
@@ -63,4 +68,10 @@ async def on_http_exception(request: HttpRequest, error: Exception) -> Response:
 
 async def on_unexpected(request: HttpRequest, error: Exception) -> Response:
     """A bug of ours. The server logs the traceback; the client learns nothing about the inside."""
-    return error_response(DiptychError("internal error"))
+    response = error_response(INTERNAL_ERROR)
+    response.headers["x-request-id"] = request.state.request_id  # this answer is made outside of the middleware
+    return response
+
+
+async def on_disconnect(request: HttpRequest, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

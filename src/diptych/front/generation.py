@@ -57,10 +57,10 @@ class Generation:
 
     async def collect(self) -> list[Delta]:
         """Every choice to its end."""
-        whole = [Delta(choice.index) for choice in self.choices]
+        grown: list[list[Delta]] = [[] for _ in self.choices]
         async for delta in self._deltas:
-            whole[delta.index].extend(delta)
-        return whole
+            grown[delta.index].append(delta)
+        return [Delta.joined(deltas) for deltas in grown]
 
     def cancel(self) -> None:
         """Stop whatever still runs. Idempotent."""

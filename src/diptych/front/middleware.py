@@ -38,6 +38,8 @@ class RequestIds:
         given = (header(scope, REQUEST_ID) or b"").decode("latin-1")
         request_id = UNSAFE.sub("", given)[:MAX_REQUEST_ID] or f"req-{secrets.token_hex(12)}"
 
+        scope.setdefault("state", {})["request_id"] = request_id
+
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id.encode("ascii"))]

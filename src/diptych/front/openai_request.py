@@ -26,6 +26,8 @@ from diptych.front.schema import (
 from diptych.front.settings import FrontSettings
 from diptych.front.text_checks import check_text
 
+MAX_CHOICES = 128  # of one request, over all of its prompts
+
 # Templates know these three roles; "developer" is OpenAI's newer name for the first.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -111,24 +113,22 @@ class RequestBuilder:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise unsupported("best_of", "best_of other than n")
         prompts = _split_prompts(body.prompt)
-        if len(prompts) * (body.n or 1) > self._settings.max_choices:
-            message = f"more than {self._settings.max_choices} choices in one request"
+        if len(prompts) * (body.n or 1) > MAX_CHOICES:
+            message = f"more than {MAX_CHOICES} choices in one request"
             raise RequestError(message, param="prompt", code="invalid_value")
         for prompt in prompts:
             self._check_prompt(prompt)
-        token_ids = [await self._encode(prompt) for prompt in prompts]
+        token_ids = await self._encode(prompts)
         echo = [self._text_of(prompt) for prompt in prompts] if body.echo else []
         return self._assemble(checked, caller, token_ids, echo)
 
     def _check(self, body: GenerationBody, ignored: tuple[str, ...]) -> _Checked:
         check_model(body.model, self._settings)
-        if (body.n or 1) > self._settings.max_n:
-            raise RequestError(f"n is at most {self._settings.max_n}", param="n", code="invalid_value")
         if body.stream_options is not None and not body.stream:
             message = "stream_options are for streams; set stream: true"
             raise RequestError(message, param="stream_options", code="invalid_value")
-        sampling = sampling_params(body, self._model, self._settings)
-        return _Checked(body, sampling, stop_strings(body, self._settings), ignored)
+        sampling = sampling_params(body, self._model)
+        return _Checked(body, sampling, stop_strings(body), ignored)
 
     def _check_prompt(self, prompt: str | tuple[int, ...]) -> None:
         if not prompt:
@@ -138,11 +138,10 @@ class RequestBuilder:
         else:
             check_token_ids(prompt, self._model.vocab_size, "prompt")
 
-    async def _encode(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return prompt
-        token_ids = tuple(await self._encoder.encode_text(prompt))
-        if not token_ids:
+    async def _encode(self, prompts: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
+        encoded = iter(await self._encoder.encode_texts([prompt for prompt in prompts if isinstance(prompt, str)]))
+        token_ids = [tuple(next(encoded)) if isinstance(prompt, str) else prompt for prompt in prompts]
+        if not all(token_ids):
             raise RequestError("the prompt has no tokens", param="prompt", code="invalid_value")
         return token_ids
 

@@ -8,13 +8,12 @@ from diptych.core.errors import ContextLengthError, RequestError
 from diptych.core.fleet import ModelInfo
 from diptych.core.request import SamplingParams
 from diptych.front.schema import ChatBody, CompletionBody, GenerationBody, unsupported
-from diptych.front.settings import FrontSettings
 from diptych.front.text_checks import check_text
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default; in a chat it is what the context still holds
 
 
-def sampling_params(body: GenerationBody, model: ModelInfo, settings: FrontSettings) -> SamplingParams:
+def sampling_params(body: GenerationBody, model: ModelInfo) -> SamplingParams:
     """Everything but `seed` and `max_tokens`, which differ among the choices of a request.
 
     Raises:
@@ -27,7 +26,7 @@ def sampling_params(body: GenerationBody, model: ModelInfo, settings: FrontSetti
     if max(max_tokens or 0, min_tokens) >= model.max_model_len:
         wanted = max(max_tokens or 0, min_tokens)
         message = f"{wanted} tokens of output do not fit the model's context of {model.max_model_len} tokens"
-        raise ContextLengthError(message, param="min_tokens" if wanted == min_tokens else "max_tokens")
+        raise ContextLengthError(message, param="min_tokens" if wanted == min_tokens else max_tokens_field(body))
     if max_tokens is not None and min_tokens > max_tokens:
         raise _refusal("min_tokens", f"min_tokens {min_tokens} is more than max_tokens {max_tokens}")
     stop_token_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
@@ -40,18 +39,23 @@ def sampling_params(body: GenerationBody, model: ModelInfo, settings: FrontSetti
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
-        logit_bias=_logit_bias(body, model.vocab_size, settings),
-        logprobs=_logprobs(body, settings),
+        logit_bias=_logit_bias(body, model.vocab_size),
+        logprobs=_logprobs(body),
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=stop_token_ids,
     )
 
 
+def max_tokens_field(body: GenerationBody) -> str:
+    """The field that counts: OpenAI renamed it, for chats only."""
+    renamed = isinstance(body, ChatBody) and body.max_completion_tokens is not None
+    return "max_completion_tokens" if renamed else "max_tokens"
+
+
 def requested_max_tokens(body: GenerationBody) -> int | None:
-    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-        return body.max_completion_tokens
-    return body.max_tokens
+    requested: int | None = getattr(body, max_tokens_field(body))
+    return requested
 
 
 def max_tokens_for(body: GenerationBody, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -74,15 +78,9 @@ def max_tokens_for(body: GenerationBody, num_prompt_tokens: int, max_model_len: 
     return room if isinstance(body, ChatBody) else min(max(needed, COMPLETION_MAX_TOKENS), room)
 
 
-def stop_strings(body: GenerationBody, settings: FrontSettings) -> tuple[str, ...]:
+def stop_strings(body: GenerationBody) -> tuple[str, ...]:
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if len(stops) > settings.max_stops:
-        raise _refusal("stop", f"more than {settings.max_stops} stop strings")
     for stop in stops:
-        if not stop:
-            raise _refusal("stop", "a stop string is empty")
-        if len(stop) > settings.max_stop_chars:
-            raise _refusal("stop", f"a stop string is longer than {settings.max_stop_chars} characters")
         check_text(stop, "stop")
     return stops
 
@@ -101,31 +99,24 @@ def check_token_ids(token_ids: tuple[int, ...], vocab_size: int, param: str) -> 
         raise _refusal(param, f"token id {str(wrong)[:24]} is not in [0, {vocab_size})")
 
 
-def _logprobs(body: GenerationBody, settings: FrontSettings) -> int | None:
+def _logprobs(body: GenerationBody) -> int | None:
+    """How many alternatives per token; None for no log-probabilities at all."""
     if isinstance(body, CompletionBody):
-        param, wanted = "logprobs", body.logprobs
-        if wanted is not None and body.echo:
+        if body.logprobs is not None and body.echo:
             raise unsupported("logprobs", "logprobs together with echo")
-    else:
-        assert isinstance(body, ChatBody)
-        param, wanted = "top_logprobs", body.top_logprobs
-        if wanted and not body.logprobs:
-            raise _refusal(param, "top_logprobs needs logprobs: true")
-        wanted = (wanted or 0) if body.logprobs else None
-    if wanted is not None and wanted > settings.max_logprobs:
-        raise _refusal(param, f"{param} is at most {settings.max_logprobs}")
-    return wanted
+        return body.logprobs
+    assert isinstance(body, ChatBody)
+    if body.top_logprobs and not body.logprobs:
+        raise _refusal("top_logprobs", "top_logprobs needs logprobs: true")
+    return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _logit_bias(body: GenerationBody, vocab_size: int, settings: FrontSettings) -> tuple[tuple[int, float], ...]:
+def _logit_bias(body: GenerationBody, vocab_size: int) -> tuple[tuple[int, float], ...]:
     bias = body.logit_bias or {}
-    if len(bias) > settings.max_logit_bias:
-        raise _refusal("logit_bias", f"more than {settings.max_logit_bias} entries")
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):
             raise _refusal("logit_bias", f"{key[:24]!a} is not a token id in [0, {vocab_size})")
-    merged = {int(key): value for key, value in bias.items()}
-    return tuple(merged.items())
+    return tuple({int(key): value for key, value in bias.items()}.items())
 
 
 def _refusal(param: str, message: str) -> RequestError:

@@ -16,11 +16,17 @@ from diptych.core.errors import RequestError
 from diptych.front.json_body import printable
 
 MAX_FIELDS = 128
+MAX_N = 16
+MAX_LOGPROBS = 20
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1)]
 TokenId = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+LogitBias = Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+StopStrings = StopString | Annotated[list[StopString], Meta(max_length=16)]
 
 
 class StreamOptions(msgspec.Struct):
@@ -41,15 +47,15 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     max_tokens: Count | None = None
     ignore_eos: bool | None = None
-    n: Count | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
     return_token_ids: bool | None = None
     user: str | None = None
 
@@ -69,14 +75,14 @@ class ChatBody(GenerationBody, kw_only=True):
     messages: list[Message]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0)] | None = None
+    top_logprobs: NumLogprobs | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[str | int | list[int]]
-    logprobs: Annotated[int, Meta(ge=0)] | None = None
+    logprobs: NumLogprobs | None = None
     echo: bool | None = None
     best_of: Count | None = None
 

@@ -65,6 +65,8 @@ async def serve(app: ASGIApp, host: str, port: int, grace_seconds: float = 5.0) 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening TCP socket. Raises ConfigError."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port {port} is not in [0, 65535]; change --port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -76,5 +78,3 @@ def bind(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError(f"{host} is not an address of this machine; change --host") from error
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror} (--host, --port)") from error
-    except OverflowError as error:
-        raise ConfigError(f"port {port} is not in [0, 65535]; change --port") from error

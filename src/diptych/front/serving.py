@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from diptych.core.request import Preference
 from diptych.front.answers import ChatAnswer, CompletionAnswer
 from diptych.front.choice import Delta
 from diptych.front.disconnect import ClientGone, while_connected
-from diptych.front.errors import error_body, json_response
+from diptych.front.errors import INTERNAL_ERROR, error_body, json_response
 from diptych.front.generation import Generation
 from diptych.front.json_body import printable, read_json_object
 from diptych.front.openai_request import Caller, GenerationRequest, RequestBuilder
@@ -29,7 +30,6 @@ from diptych.telemetry.prometheus import ServerMetrics
 
 log = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 PREFERENCES = {"split": Preference.SPLIT, "local": Preference.LOCAL}
 
 
@@ -62,10 +62,8 @@ class GenerationRoutes:
         try:
             request = await build(await read_json_object(http, self._settings), _caller(http))
             generation = Generation(request, self._dispatcher, self._codec)
-        except (DiptychError, ClientDisconnect) as error:
+        except BaseException as error:
             self._metrics.request_ended(outcome_of(error))
-            if isinstance(error, ClientDisconnect):
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
             raise
         self._metrics.in_flight.inc()
         work = self._begin_stream if request.stream else self._whole
@@ -73,8 +71,6 @@ class GenerationRoutes:
             return await work(generation, http.receive)
         except BaseException as error:
             self._end(generation, outcome_of(error))
-            if isinstance(error, ClientGone):
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
             raise
 
     async def _whole(self, generation: Generation, receive: Receive) -> Response:
@@ -123,11 +119,10 @@ class EventStream(Response):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outcome = "failed"
+        outcome = "cancelled"
         try:
-            outcome = await while_connected(receive, self._run(send))
-        except (ClientGone, TimeoutError):
-            outcome = "cancelled"
+            with contextlib.suppress(ClientGone):
+                outcome = await while_connected(receive, self._run(send))
         finally:
             self._on_end(self._generation, outcome)
 
@@ -144,6 +139,11 @@ class EventStream(Response):
         except DiptychError as error:
             log.error("%s failed in mid-stream: %s (%s)", self._generation.request.request_id, error, error.code)
             last, outcome = _event(error_body(error)), outcome_of(error)
+        except ClientGone:
+            raise
+        except Exception:
+            log.exception("%s failed in mid-stream", self._generation.request.request_id)
+            last, outcome = _event(error_body(INTERNAL_ERROR)), "failed"
         await send({"type": "http.response.body", "body": last, "more_body": False})
         return outcome
 
@@ -152,11 +152,14 @@ class EventStream(Response):
         return self._writer.chunks(delta, usage)
 
     async def _write(self, send: Send, chunks: Sequence[dict[str, Any]]) -> None:
-        """Raises TimeoutError if the client does not read."""
+        """Raises ClientGone if the client does not read."""
         if not chunks:
             return
-        async with asyncio.timeout(self._write_timeout):
-            await send({"type": "http.response.body", "body": b"".join(map(_event, chunks)), "more_body": True})
+        try:
+            async with asyncio.timeout(self._write_timeout):
+                await send({"type": "http.response.body", "body": b"".join(map(_event, chunks)), "more_body": True})
+        except TimeoutError:
+            raise ClientGone from None
 
 
 def writer_for(request: GenerationRequest, codec: TextCodec) -> ChatAnswer | CompletionAnswer:

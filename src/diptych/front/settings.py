@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diptych.core.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSettings:
-    """Limits and names of one front.
+    """Names, keys and limits of one front. What a field of a request may hold stands in `schema`.
 
     Attributes:
         served_model_names: what clients may write in `model`; the first one is written in answers.
@@ -16,10 +18,6 @@ class FrontSettings:
         max_body_bytes: larger bodies are refused (413) before they are read.
         body_timeout: seconds in which a body must have arrived (408).
         write_timeout: seconds in which a client must take what a stream wants to send; then it is cancelled.
-        max_n, max_choices: most choices per prompt, and per request (over all of its prompts).
-        max_stops, max_stop_chars: most stop strings, and the longest.
-        max_logprobs: most alternatives per token.
-        max_logit_bias: most entries of `logit_bias`.
     """
 
     served_model_names: tuple[str, ...]
@@ -27,9 +25,9 @@ class FrontSettings:
     max_body_bytes: int = 4 << 20
     body_timeout: float = 30.0
     write_timeout: float = 60.0
-    max_n: int = 16
-    max_choices: int = 128
-    max_stops: int = 16
-    max_stop_chars: int = 256
-    max_logprobs: int = 20
-    max_logit_bias: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ConfigError("a served model needs a name; give one with --served-model-name")
+        if not all(self.api_keys):
+            raise ConfigError("an API key is empty, which would let everybody in; change --api-key")

@@ -48,7 +48,8 @@ class Scheduler:
     must not be removed or detached while a batch that it is part of is being computed.
 
     Attributes:
-        preempted: sequences that the last `schedule` sent back to wait, their KV given up.
+        preempted: sequences whose KV the last `schedule` gave up. They wait, or (rarely) run again at once
+            on blocks that they can share by now.
         starved: sequences that the last `schedule` dropped since their log outgrew the whole pool;
             their requests have to be failed.
         num_preemptions: since the start.

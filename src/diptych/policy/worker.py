@@ -45,7 +45,7 @@ from diptych.core.events import (
 )
 from diptych.core.fleet import WorkerStats
 from diptych.core.kv_layout import KVLayout
-from diptych.core.request import FinishReason, SampledToken, TokenOutput
+from diptych.core.request import SampledToken, TokenOutput
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.policy.batching import BatchLimits, Scheduler
 from diptych.policy.block_pool import BlockPool

@@ -124,7 +124,7 @@ class Router:
 
     # for the workers
 
-    async def on_channel(self, channel: Channel) -> None:
+    async def on_channel(self, channel: Channel[messages.FromWorker]) -> None:
         """Serve one worker's connection until it ends. An outsider's or a broken peer's costs only itself."""
         link = await self._register(channel)
         if link is None:
@@ -138,7 +138,7 @@ class Router:
         finally:
             self._lost(link)
 
-    async def _register(self, channel: Channel) -> WorkerLink | None:
+    async def _register(self, channel: Channel[messages.FromWorker]) -> WorkerLink | None:
         try:
             hello = await self._hello(channel)
             older = self._fleet.admit(hello)
@@ -157,7 +157,7 @@ class Router:
         self._callbacks.on_joined(link.worker_id)
         return link
 
-    async def _hello(self, channel: Channel) -> messages.Hello:
+    async def _hello(self, channel: Channel[messages.FromWorker]) -> messages.Hello:
         """Wait for a worker to load and introduce itself. Raises HandshakeError, TimeoutError, StopAsyncIteration."""
         incoming = aiter(channel)
         while True:
@@ -175,9 +175,10 @@ class Router:
         """Have prefill workers open their data connections before the first request needs them."""
         for link in self._fleet.links.values():
             for source, target in ((link, newcomer), (newcomer, link)):
-                if source is not target and source.hello.role is not Role.DECODE and target.hello.role is not Role.PREFILL:
-                    for endpoint in target.manifest.endpoints:
-                        source.channel.send(messages.WarmUp(target.worker_id, target.hello.epoch, endpoint))
+                pair = source.hello.role is Role.PREFILL and target.hello.role is not Role.PREFILL
+                if pair and target.manifest.endpoints:
+                    preferred = target.manifest.endpoints[0]
+                    source.channel.send(messages.WarmUp(target.worker_id, target.hello.epoch, preferred))
 
     def _lost(self, link: WorkerLink) -> None:
         link.channel.close()

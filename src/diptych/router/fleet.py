@@ -20,7 +20,7 @@ class WorkerLink:
     """One registered worker, in one life (epoch)."""
 
     hello: messages.Hello
-    channel: Channel
+    channel: Channel[messages.FromWorker]
     last_heard: float
     state: WorkerState = WorkerState.READY
     stats: WorkerStats = field(default_factory=WorkerStats)

@@ -51,16 +51,14 @@ class WorkerLoop:
     def __init__(
         self,
         settings: WorkerSettings,
-        manifest: Manifest,
         policy: WorkerPolicy,
         engine: Engine,
-        channel: Channel,
+        channel: Channel[messages.ToWorker],
         *,
         clock: Clock,
         journal: Journal,
     ) -> None:
         self._settings = settings
-        self._manifest = manifest
         self._policy = policy
         self._channel = channel
         self._clock = clock
@@ -68,18 +66,26 @@ class WorkerLoop:
         self._loop = asyncio.get_running_loop()
         self._steps = StepRunner(engine, self._push_layer, self.post)
         self._data: DataPlane | None = None
+        self._manifest: Manifest | None = None
         self._report_due = False
         self._last_stats = policy.stats()
 
-    def attach(self, data: DataPlane) -> None:
-        """Connect the data plane (which needs `post`, so it is made after this object)."""
-        self._data = data
+    def start(self, data: DataPlane, manifest: Manifest) -> None:
+        """Begin. (The data plane posts its events here, so it is made after this object.)"""
+        self._data, self._manifest = data, manifest
+        self._steps.start()
 
     @property
     def data(self) -> DataPlane:
         if self._data is None:
-            raise ValueError("the worker loop has no data plane yet")
+            raise ValueError("the worker loop has not been started")
         return self._data
+
+    @property
+    def manifest(self) -> Manifest:
+        if self._manifest is None:
+            raise ValueError("the worker loop has not been started")
+        return self._manifest
 
     def post(self, event: WorkerEvent) -> None:
         """Hand an event over, from any thread."""
@@ -102,9 +108,6 @@ class WorkerLoop:
             await asyncio.sleep(TICK_SECONDS)
             self.handle(Tick())
             self._channel.send(messages.Heartbeat(self._policy.stats()))
-
-    def start(self) -> None:
-        self._steps.start()
 
     async def stop(self) -> None:
         """Finish the running step, then close transfers."""
@@ -137,14 +140,14 @@ class WorkerLoop:
             case SendFailure(request_id, code, message):
                 self._channel.send(messages.Failed(request_id, code, message))
             case PushPages(request_id, claims, plan):
-                for layer in range(self._manifest.layout.num_layers):
-                    self.data.push(request_id, claims, plan, layer)
+                for transfer in plan.layers:
+                    self.data.push(request_id, claims, plan, transfer.layer)
             case CloseHandoff(request_id, claims, token):
                 self.data.close_handoff(request_id, claims, token)
             case AbandonPush(request_id, claims):
                 self.data.abandon(request_id, claims)
             case GrantTicket():
-                self._grant(action)
+                self._grant(action, self.manifest)
             case RevokeTicket(request_id):
                 self.data.revoke(request_id)
             case ForgetRequest(request_id):
@@ -155,7 +158,7 @@ class WorkerLoop:
         for push in step.pushes:
             self.data.push(push.request_id, push.claims, push.plan, layer)
 
-    def _grant(self, grant: GrantTicket) -> None:
+    def _grant(self, grant: GrantTicket, manifest: Manifest) -> None:
         claims = TicketClaims(
             request_id=grant.request.request_id,
             worker_id=self._settings.worker_id,
@@ -163,8 +166,8 @@ class WorkerLoop:
             blocks=grant.blocks,
             first_block=grant.first_block,
             num_tokens=grant.num_tokens,
-            layout_digest=self._manifest.layout.digest,
-            model_digest=self._manifest.model.digest,
+            layout_digest=manifest.layout.digest,
+            model_digest=manifest.model.digest,
             salt=grant.request.cache_salt,
             nonce=secrets.token_bytes(NONCE_BYTES),
         )

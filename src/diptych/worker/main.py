@@ -1,29 +1,23 @@
-"""A worker's life: pin, load, join the router, serve, leave.
+"""A worker's life: load, join the router, serve, leave.
 
-    1. pin to the cores given, before anything heavy is imported
-    2. load the engine and take the KV memory
-    3. connect to the router and say what is here; a refusal ends the process with the reason
-    4. serve until told to shut down, until SIGTERM, or until the router is gone
+1. connect to the router, load the engine (telling the router how far it is), take the KV memory
+2. say what is here; a refusal ends the process with the reason
+3. serve until told to shut down, until SIGTERM, or until the router is gone
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from diptych.core.blocks import blocks_for
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError, HandshakeError, PeerError
-from diptych.core.events import (
-    AbortRequested,
-    PrefillRequested,
-    ReserveRequested,
-    ServeRequested,
-)
+from diptych.core.events import AbortRequested, PrefillRequested, ReserveRequested, ServeRequested
 from diptych.core.fleet import Manifest
 from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.core.ports import Engine
@@ -32,31 +26,44 @@ from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool, Eviction
 from diptych.policy.worker import WorkerPolicy
 from diptych.telemetry.journal import open_journal
+from diptych.transfer.memory import SharedMemory
 from diptych.wire import messages
 from diptych.wire.channel import Channel, connect
 from diptych.wire.tickets import open_ticket
-from diptych.worker.data_plane import DataPlane
+from diptych.worker.data_plane import DataPlane, share_kv
 from diptych.worker.loop import WorkerLoop
 
 log = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, int], None]
+RouterChannel = Channel[messages.ToWorker]
 
 MEMORY_SHARE = 0.25  # of the machine's free memory, for the KV of one worker, unless told otherwise
 DEFAULT_REQUESTS = 16  # or what this many requests of full length need, if that is less
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerParts:
-    """What the composition root hands in: an engine that is loaded, and the KV memory's maker."""
+async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> None:
+    """Live one worker's life. Returns at an orderly end; raises DiptychError with the reason otherwise."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    channel = await connect(settings.router, settings.key, messages.ToWorker)
+    engine = await _load(settings, load, channel)
+    with contextlib.closing(engine):
+        num_blocks = kv_blocks(settings, engine.layout, engine.model.max_model_len)
+        memory, segment = share_kv(engine, num_blocks)
+        await _serve(settings, engine, memory, segment, channel, stop)
 
-    engine: Engine
-    layout: KVLayout
-    data_plane: Callable[[WorkerSettings, KVMemory, Manifest], DataPlane]
 
+async def _load(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: RouterChannel) -> Engine:
+    """Load the engine on another thread, telling the router how far it is."""
+    loop = asyncio.get_running_loop()
 
-def pin(cores: tuple[int, ...]) -> None:
-    """Bind this process to its cores."""
-    if cores:
-        os.sched_setaffinity(0, cores)
+    def on_progress(done: int, total: int) -> None:
+        loop.call_soon_threadsafe(channel.send, messages.Loading(settings.worker_id, done, total))
+
+    return await loop.run_in_executor(None, load, on_progress)
 
 
 def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) -> int:
@@ -73,25 +80,77 @@ def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) ->
     return blocks_for(tokens, layout.block_size)
 
 
-async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> None:
-    """Live one worker's life. Returns at an orderly end; raises DiptychError with the reason otherwise."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
-    channel = await connect(settings.router, settings.key)
-    engine = await _load(settings, load, channel)
-    with contextlib.closing(engine):
-        num_blocks = kv_blocks(settings, engine.layout, engine.model.max_model_len)
-        with open_memory(settings, engine, num_blocks) as memory:
-            await _serve(settings, engine, memory, channel, stop)
+async def _serve(
+    settings: WorkerSettings,
+    engine: Engine,
+    memory: KVMemory,
+    segment: SharedMemory,
+    channel: RouterChannel,
+    stop: asyncio.Event,
+) -> None:
+    with contextlib.closing(open_journal(settings.journal)) as journal:
+        policy = _policy(settings, engine, memory)
+        worker = WorkerLoop(settings, policy, engine, channel, clock=WallClock(), journal=journal)
+        data = DataPlane(settings, memory, segment, engine.model.digest, worker.post)
+        manifest = Manifest(
+            model=engine.model, layout=memory.layout, num_blocks=memory.num_blocks, endpoints=data.endpoints
+        )
+        worker.start(data, manifest)
+        channel.send(
+            messages.Hello(
+                messages.WIRE_VERSION, settings.worker_id, settings.epoch, os.getpid(), settings.role, manifest
+            )
+        )
+        tasks = [
+            asyncio.create_task(_receive(settings, channel, worker)),
+            asyncio.create_task(worker.beat()),
+            asyncio.create_task(stop.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await worker.stop()
+            channel.close()
 
 
-async def _load(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: Channel) -> Engine:
-    """Load the engine on another thread, telling the router how far it is."""
-    loop = asyncio.get_running_loop()
+def _policy(settings: WorkerSettings, engine: Engine, memory: KVMemory) -> WorkerPolicy:
+    pool = BlockPool(
+        memory.num_blocks,
+        memory.layout.block_size,
+        eviction=Eviction(settings.cache.eviction),
+        prefix_caching=settings.cache.prefix_caching,
+    )
+    limits = BatchLimits(settings.batch.max_batch_tokens, settings.batch.max_sequences)
+    return WorkerPolicy(memory.layout, pool, limits, engine.model.eos_token_ids)
 
-    def on_progress(done: int, total: int) -> None:
-        loop.call_soon_threadsafe(channel.send, messages.Loading(settings.worker_id, done, total))
 
-    return await loop.run_in_executor(None, load, on_progress)
+async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop) -> None:
+    """Turn the router's messages into events, until it says to end or is gone."""
+    async for message in channel:
+        match message:
+            case messages.Serve(request, outputs):
+                worker.handle(ServeRequested(request, outputs))
+            case messages.Reserve(request, outputs):
+                worker.handle(ReserveRequested(request, outputs))
+            case messages.Prefill(request, outputs, ticket, endpoint):
+                try:
+                    claims = open_ticket(ticket, settings.key)
+                except PeerError as error:
+                    channel.send(messages.Failed(request.request_id, error.code, error.message))
+                    continue
+                worker.data.open_link(claims.worker_id, claims.epoch, endpoint)
+                worker.handle(PrefillRequested(request, claims, outputs))
+            case messages.Abort(request_id):
+                worker.handle(AbortRequested(request_id))
+            case messages.WarmUp(worker_id, epoch, endpoint):
+                worker.data.open_link(worker_id, epoch, endpoint)
+            case messages.Refused(reason):
+                raise HandshakeError(f"the router refused this worker: {reason}")
+            case messages.Welcome():
+                log.info("worker %s, epoch %d, serves", settings.worker_id, settings.epoch)
+            case messages.Shutdown():
+                return

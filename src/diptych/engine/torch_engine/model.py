@@ -12,6 +12,10 @@ from diptych.engine.torch_engine.config import ModelConfig
 from diptych.engine.torch_engine.rope import RotaryEmbedding, rotate
 from diptych.engine.torch_engine.weights import LayerWeights, ModelWeights
 
+# Tokens that pass through the second half of a layer together, so that what lies between two products
+# stays in the processor's cache.
+TILE = 256
+
 
 class Attend(Protocol):
     """Causal attention of T tokens over themselves and whatever came before them.
@@ -41,15 +45,16 @@ class Decoder:
             attended = attend(index, queries, keys, values)
             if index == last:  # nobody reads the other tokens any more
                 hidden, attended = hidden[outputs], attended[outputs]
-            hidden = hidden + functional.linear(attended, layer.output, layer.output_bias)
-            hidden = hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
-        return functional.linear(self._norm(hidden, self._weights.norm), self._weights.lm_head)
+            for some, some_attended in zip(hidden.split(TILE), attended.split(TILE), strict=True):
+                some += layer.output(some_attended)
+                some += self._mlp(layer, self._norm(some, layer.mlp_norm))
+        return self._weights.lm_head(self._norm(hidden, self._weights.norm))
 
     def _project(
         self, layer: LayerWeights, normed: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self._config
-        heads = functional.linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, config.head_dim)
+        heads = layer.qkv(normed).view(len(normed), -1, config.head_dim)
         first_key, first_value = config.num_heads, config.num_heads + config.num_kv_heads
         queries_keys, values = heads[:, :first_value], heads[:, first_value:]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -60,8 +65,8 @@ class Decoder:
         return rotated[:, :first_key], rotated[:, first_key:], values
 
     def _mlp(self, layer: LayerWeights, normed: Tensor) -> Tensor:
-        gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate).mul_(up), layer.down, layer.down_bias)
+        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+        return layer.down(functional.silu(gate).mul_(up))
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019) over the last dimension."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diptych.core.errors import CheckpointError
 from diptych.engine.torch_engine.config import ModelConfig
+from diptych.engine.torch_engine.linear import Linear
 
 OnProgress = Callable[[int, int], None]
 
@@ -25,33 +26,26 @@ _SAMPLES_PER_TENSOR = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One decoder layer. Matrices are [out, in], as `torch.nn.functional.linear` takes them.
-
-    `qkv` stacks the rows of query, key and value heads; `gate_up` those of gate and up.
-    """
+    """One decoder layer. `qkv` yields query, key and value heads in that order; `gate_up` gate, then up."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
+    output: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All parameters of a decoder, in one dtype on one device. `lm_head` may be `embedding` itself."""
+    """All parameters of a decoder, in one dtype on one device."""
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    lm_head: Tensor
+    lm_head: Linear
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -160,28 +154,26 @@ def load_weights(reader: WeightReader, config: ModelConfig, on_progress: OnProgr
     lm_head = embedding if config.tied_embeddings else reader.read("lm_head.weight")
     if on_progress is not None:
         on_progress(total, total)
-    return ModelWeights(embedding, tuple(layers), norm, lm_head)
+    return ModelWeights(embedding, tuple(layers), norm, Linear(lm_head, None))
 
 
 def _load_layer(reader: WeightReader, prefix: str, config: ModelConfig) -> LayerWeights:
-    def read(kind: str, *names: str) -> Tensor:
-        return reader.read(*(f"{prefix}{name}.{kind}" for name in names))
+    def norm(name: str) -> Tensor:
+        return reader.read(f"{prefix}{name}.weight")
 
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate_up = ("mlp.gate_proj", "mlp.up_proj")
+    def linear(biased: bool, *names: str) -> Linear:
+        weight = reader.read(*(f"{prefix}{name}.weight" for name in names))
+        return Linear(weight, reader.read(*(f"{prefix}{name}.bias" for name in names)) if biased else None)
+
     return LayerWeights(
-        input_norm=read("weight", "input_layernorm"),
-        qkv=read("weight", *qkv),
-        qkv_bias=read("bias", *qkv) if config.qkv_bias else None,
-        q_norm=read("weight", "self_attn.q_norm") if config.qk_norm else None,
-        k_norm=read("weight", "self_attn.k_norm") if config.qk_norm else None,
-        output=read("weight", "self_attn.o_proj"),
-        output_bias=read("bias", "self_attn.o_proj") if config.output_bias else None,
-        mlp_norm=read("weight", "post_attention_layernorm"),
-        gate_up=read("weight", *gate_up),
-        gate_up_bias=read("bias", *gate_up) if config.mlp_bias else None,
-        down=read("weight", "mlp.down_proj"),
-        down_bias=read("bias", "mlp.down_proj") if config.mlp_bias else None,
+        input_norm=norm("input_layernorm"),
+        qkv=linear(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
+        output=linear(config.output_bias, "self_attn.o_proj"),
+        mlp_norm=norm("post_attention_layernorm"),
+        gate_up=linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
+        down=linear(config.mlp_bias, "mlp.down_proj"),
     )
 
 

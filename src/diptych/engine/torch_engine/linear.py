@@ -1,0 +1,37 @@
+"""y = x W^T + b, with the weights stored the way the device's kernels read them fastest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Linear:
+    """One projection. `weight` is [out, in], `bias` [out] or None.
+
+    On CPUs with bfloat16 instructions, bfloat16 weights are repacked once into oneDNN's blocked format:
+    a plain matrix is repacked inside every call, which costs a decode step, with its few rows, about as
+    much again as the product (measured: 8.6 against 4.9 ms for 47 MB of weights and 16 rows).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._packed = _packs(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._bias = bias
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[T, in] to [T, out]."""
+        if self._packed:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+            return product
+        return functional.linear(rows, self._weight, self._bias)
+
+
+def _packs(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )

@@ -1,0 +1,94 @@
+"""What is said on a data connection between a source (prefill) and a target (decode).
+
+    source                                     target
+      PushHello                        →
+                                       ←       PushWelcome (+ a descriptor of its KV memory, over a Unix socket)
+      Begin        ticket's nonce      →
+                                       ←       Go                  only now may the source write
+      Pages        one layer, + bytes  →                           (bytes are in place already with mapped memory)
+      ...
+      Close        first token         →
+                                       ←       Accepted            every page verified and committed
+                                       ←       Rejected            something is wrong with this request
+                                       ←       Cancel              the target does not want it any more
+      Stopped                          →                           the source will not write for it again
+
+`Begin` and `Go` are what makes it safe to take a block back: a ticket that nobody has begun can be
+revoked at once, and one that somebody has begun is in quarantine until `Stopped` or the connection's end.
+"""
+
+from __future__ import annotations
+
+from diptych.core.fleet import Epoch, WorkerId
+from diptych.core.request import SampledToken
+from diptych.wire.messages import Message
+
+
+class PushHello(Message, frozen=True):
+    wire_version: int
+    worker_id: WorkerId
+    layout_digest: str
+    model_digest: str
+
+
+class PushWelcome(Message, frozen=True):
+    num_blocks: int
+
+
+class Begin(Message, frozen=True):
+    request_id: str
+    nonce: bytes
+    epoch: Epoch
+
+
+class Go(Message, frozen=True):
+    request_id: str
+    nonce: bytes
+
+
+class Pages(Message, frozen=True):
+    """Logical blocks [first_block, first_block + len(digests)) of one layer, each with the digest of its
+    bytes. `nbytes` of payload follow (0 if they were written to mapped memory)."""
+
+    request_id: str
+    nonce: bytes
+    epoch: Epoch
+    layer: int
+    first_block: int
+    digests: list[int]
+    nbytes: int
+
+
+class Close(Message, frozen=True):
+    """All pages have been sent; decode goes on from this token."""
+
+    request_id: str
+    nonce: bytes
+    epoch: Epoch
+    token: SampledToken
+
+
+class Stopped(Message, frozen=True):
+    request_id: str
+    nonce: bytes
+
+
+class Accepted(Message, frozen=True):
+    request_id: str
+    nonce: bytes
+
+
+class Rejected(Message, frozen=True):
+    request_id: str
+    nonce: bytes
+    code: str
+    message: str
+
+
+class Cancel(Message, frozen=True):
+    request_id: str
+    nonce: bytes
+
+
+FromSource = PushHello | Begin | Pages | Close | Stopped
+FromTarget = PushWelcome | Go | Accepted | Rejected | Cancel

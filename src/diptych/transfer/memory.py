@@ -1,0 +1,58 @@
+"""KV memory that another process can map: an anonymous file (memfd), passed on as a descriptor.
+
+It has no name, so nobody can open it who was not given it, and nothing is left behind when its owner
+is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+from diptych.core.errors import ConfigError, TransferError
+from diptych.core.kv_layout import KVLayout, KVMemory
+
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a mapping never loses its ground
+
+
+class SharedMemory:
+    """Zeroed, page-aligned bytes with a descriptor. Close it after all views into it are gone."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.descriptor = os.memfd_create("diptych-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(self.descriptor, 0, nbytes)  # now, and not by SIGBUS at the first touch
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
+            self._map = mmap.mmap(self.descriptor, nbytes)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise ConfigError(
+                f"{nbytes / 2**20:,.0f} MiB of KV memory cannot be had ({error.strerror}); lower --kv-cache-tokens"
+            ) from error
+
+    @property
+    def buffer(self) -> memoryview:
+        return memoryview(self._map)
+
+    def close(self) -> None:
+        """Give the memory back. Raises BufferError while somebody still holds a view."""
+        self._map.close()
+        os.close(self.descriptor)
+
+
+def map_memory(descriptor: int, layout: KVLayout, num_blocks: int) -> KVMemory:
+    """Another worker's KV memory, from its descriptor (which is closed here; the mapping stays).
+
+    Raises TransferError if the file is not of the size that layout and number of blocks ask for.
+    """
+    wanted = layout.num_layers * num_blocks * layout.block_bytes
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != wanted or not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise TransferError(f"the target's KV memory has {size} bytes, {wanted} sealed ones were announced")
+        return KVMemory(layout, num_blocks, memoryview(mmap.mmap(descriptor, wanted)))
+    except OSError as error:
+        raise TransferError(f"the target's KV memory cannot be mapped: {error.strerror}") from error
+    finally:
+        os.close(descriptor)

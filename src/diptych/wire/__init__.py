@@ -1,0 +1,1 @@
+"""How processes talk: typed messages, frames, authenticated channels, tickets."""

@@ -1,0 +1,171 @@
+"""The same frames and handshake over blocking sockets, for threads that move KV pages.
+
+A frame may be followed by raw payload, sent straight out of memory (`sendmsg`) and received straight
+into it (`recv_into`): no copy in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from diptych.core.errors import HandshakeError, ProtocolError
+from diptych.wire import handshake
+from diptych.wire.address import TcpAddress, parse_address
+from diptych.wire.codec import LENGTH, Decoder, encode_frame, frame_length
+
+T = TypeVar("T")
+
+MAX_CONTROL_BYTES = 1 << 20  # data-plane frames are small; pages follow as payload
+SEND_SECONDS = 30  # a peer that takes nothing for this long is lost
+_MAX_BUFFERS = 512  # per sendmsg, below every system's IOV_MAX
+_DISCARD_BYTES = 1 << 20
+
+
+class BlockingConnection(Generic[T]):
+    """One end of a data connection: sends anything, receives messages of type T.
+
+    One thread may send while another receives. Any OSError or ProtocolError means the connection is over.
+    """
+
+    def __init__(self, sock: socket.socket, expects: Any) -> None:
+        self._socket = sock
+        self._decoder: Decoder[T] = Decoder(expects)
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, message: object, payload: Sequence[memoryview] = ()) -> None:
+        """Send a message, and after it the payload buffers. Blocks while the peer is slow."""
+        frame = memoryview(encode_frame(message, MAX_CONTROL_BYTES))
+        for start in range(0, max(len(payload), 1), _MAX_BUFFERS):
+            part = payload[start : start + _MAX_BUFFERS]
+            self._send_all([frame, *part] if start == 0 else list(part))
+
+    def _send_all(self, buffers: list[memoryview]) -> None:
+        while buffers:
+            sent = self._socket.sendmsg(buffers)
+            while buffers and sent >= len(buffers[0]):
+                sent -= len(buffers.pop(0))
+            if buffers and sent:
+                buffers[0] = buffers[0][sent:]
+
+    def receive(self) -> T | None:
+        """The next message; None when the peer has closed its end."""
+        header = bytearray(LENGTH.size)
+        if not self.receive_into(memoryview(header), may_end=True):
+            return None
+        content = bytearray(frame_length(bytes(header), MAX_CONTROL_BYTES))
+        self.receive_into(memoryview(content))
+        return self._decoder.decode(memoryview(content))
+
+    def receive_into(self, buffer: memoryview, *, may_end: bool = False) -> bool:
+        """Fill `buffer` with what comes next. False if `may_end` and the stream ends before its first
+        byte; an end anywhere else is a ProtocolError."""
+        done = 0
+        while done < len(buffer):
+            received = self._socket.recv_into(buffer[done:])
+            if received == 0:
+                if may_end and done == 0:
+                    return False
+                raise ProtocolError("the connection ended in the middle of a message")
+            done += received
+        return True
+
+    def discard(self, nbytes: int) -> None:
+        """Skip payload that nobody wants."""
+        scratch = memoryview(bytearray(min(nbytes, _DISCARD_BYTES)))
+        while nbytes > 0:
+            self.receive_into(scratch[: min(nbytes, _DISCARD_BYTES)])
+            nbytes -= len(scratch)
+
+    def send_descriptor(self, descriptor: int) -> None:
+        """Hand a file descriptor over (Unix sockets only)."""
+        socket.send_fds(self._socket, [b"\x00"], [descriptor])
+
+    def receive_descriptor(self) -> int:
+        """Take a file descriptor, which the caller owns from now on. Raises ProtocolError if none came."""
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+        if len(descriptors) != 1:
+            raise ProtocolError("expected a file descriptor")
+        return int(descriptors[0])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether descriptors can be passed (a Unix socket)."""
+        return self._socket.family == socket.AF_UNIX
+
+    def end_sending(self) -> None:
+        """Tell the peer that nothing more will come; receiving goes on."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def end(self) -> None:
+        """Wake up whoever is blocked on this connection; it is over in both directions."""
+        with contextlib.suppress(OSError):  # the peer may have been faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def dial(address: str, key: bytes, expects: Any) -> BlockingConnection[Any]:
+    """Connect and prove. Raises HandshakeError, or OSError if nobody listens."""
+    where = parse_address(address)
+    if isinstance(where, TcpAddress):
+        sock = socket.create_connection((where.host, where.port), handshake.SECONDS)
+    else:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(handshake.SECONDS)
+        sock.connect(where.path)
+    side = handshake.ConnectorSide(key)
+    try:
+        sock.sendall(side.opening)
+        sock.sendall(side.answer(_exactly(sock, handshake.REPLY_BYTES)))
+        if _exactly(sock, 1) != handshake.CONFIRMED:
+            raise HandshakeError("the listener does not accept this fleet key")
+    except (OSError, HandshakeError) as error:
+        sock.close()
+        raise HandshakeError(f"no handshake with {address}: {error}") from error
+    return BlockingConnection(sock, expects)
+
+
+def accept(sock: socket.socket, key: bytes, expects: Any) -> BlockingConnection[Any]:
+    """Prove to a caller that has just connected. Raises HandshakeError; the socket is closed then."""
+    side = handshake.ListenerSide(key)
+    sock.settimeout(handshake.SECONDS)
+    try:
+        sock.sendall(side.reply(_exactly(sock, handshake.OPENING_BYTES)))
+        side.check(_exactly(sock, handshake.PROOF_BYTES))
+        sock.sendall(handshake.CONFIRMED)
+    except (OSError, HandshakeError) as error:
+        sock.close()
+        raise HandshakeError(f"a caller was turned away: {error}") from error
+    return BlockingConnection(sock, expects)
+
+
+def listening_socket(address: str) -> tuple[socket.socket, str]:
+    """A listening socket and its real address (port 0 takes a free one). Unix sockets get mode 0600."""
+    where = parse_address(address)
+    if isinstance(where, TcpAddress):
+        sock = socket.create_server((where.host, where.port))
+        return sock, f"tcp:{where.host}:{sock.getsockname()[1]}"
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(where.path)
+    os.chmod(where.path, 0o600)
+    sock.listen()
+    return sock, address
+
+
+def _exactly(sock: socket.socket, nbytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < nbytes:
+        part = sock.recv(nbytes - len(data))
+        if not part:
+            raise HandshakeError("the other end closed the connection during the handshake")
+        data += part
+    return bytes(data)

@@ -1,0 +1,69 @@
+"""Mutual proof that both ends hold the fleet's key, before anything else is parsed.
+
+    connector                                   listener
+        MAGIC, nonce a (32 bytes)          →
+                                           ←    nonce b (32), proof(key, "listener", a, b) (32)
+        proof(key, "connector", a, b) (32) →
+                                           ←    one byte: 1
+
+The proofs are HMAC-SHA256 and name the side that makes them, so neither can be sent back to its maker.
+All messages have fixed sizes. What follows on the connection is not encrypted: channels stay on this
+machine for now (loopback, Unix sockets).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+
+from diptych.core.errors import HandshakeError
+
+MAGIC = b"diptych1"
+NONCE_BYTES = 32
+PROOF_BYTES = 32
+OPENING_BYTES = len(MAGIC) + NONCE_BYTES
+REPLY_BYTES = NONCE_BYTES + PROOF_BYTES
+CONFIRMED = b"\x01"
+SECONDS = 5.0  # for the whole handshake
+
+
+class ConnectorSide:
+    """The side that opens the connection: send `opening`, then `answer(reply)`."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self.opening = MAGIC + self._nonce
+
+    def answer(self, reply: bytes) -> bytes:
+        """Check the listener's proof and give ours. Raises HandshakeError."""
+        theirs, proof = reply[:NONCE_BYTES], reply[NONCE_BYTES:]
+        if not hmac.compare_digest(proof, _proof(self._key, b"listener", self._nonce, theirs)):
+            raise HandshakeError("the listener does not hold this fleet's key")
+        return _proof(self._key, b"connector", self._nonce, theirs)
+
+
+class ListenerSide:
+    """The side that was called: send `reply(opening)`, then `check(answer)`."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._theirs = b""
+
+    def reply(self, opening: bytes) -> bytes:
+        """Raises HandshakeError if the caller speaks something else."""
+        if opening[: len(MAGIC)] != MAGIC:
+            raise HandshakeError("the caller does not speak this protocol")
+        self._theirs = opening[len(MAGIC) :]
+        return self._nonce + _proof(self._key, b"listener", self._theirs, self._nonce)
+
+    def check(self, answer: bytes) -> None:
+        """Raises HandshakeError unless the caller holds the key."""
+        if not hmac.compare_digest(answer, _proof(self._key, b"connector", self._theirs, self._nonce)):
+            raise HandshakeError("the caller does not hold this fleet's key")
+
+
+def _proof(key: bytes, side: bytes, connector_nonce: bytes, listener_nonce: bytes) -> bytes:
+    return hmac.digest(key, MAGIC + side + connector_nonce + listener_nonce, hashlib.sha256)

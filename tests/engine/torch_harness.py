@@ -1,0 +1,101 @@
+"""Drives a TorchEngine step by step, with block tables scattered over a poisoned KV cache."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from checkpoints import make_checkpoint
+from diptych.core.blocks import blocks_for
+from diptych.core.request import Request, SampledToken, SamplingParams
+from diptych.core.sequence import Batch, ScheduledSequence, Sequence
+from diptych.engine.torch_engine.runner import TorchEngine
+
+torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
+
+GREEDY = SamplingParams(temperature=0.0)
+NUM_BLOCKS = 256
+
+
+@cache
+def checkpoint(family: str, **overrides: Any) -> Path:
+    """A checkpoint in a directory of this test process."""
+    return make_checkpoint(family, Path(_directory()), **overrides)
+
+
+@cache
+def _directory() -> str:
+    return mkdtemp(prefix="diptych-test-")
+
+
+@cache
+def reference(family: str) -> Any:
+    """The same checkpoint in `transformers`."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()
+
+
+def expected_tokens(family: str, prompt: list[int], num_tokens: int) -> list[int]:
+    """What greedy `generate` of `transformers` answers."""
+    inputs = torch.tensor([prompt])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = reference(family).generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+        )
+    return list(output[0, len(prompt) :].tolist())
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    generator = random.Random(1000 * seed + length)
+    return [generator.randrange(4, 509) for _ in range(length)]
+
+
+class Harness:
+    """One engine over `NUM_BLOCKS` blocks that are full of NaN until written, handed out in random order."""
+
+    def __init__(self, family: str, **load: Any) -> None:
+        self.engine = TorchEngine.load(checkpoint(family), **load)
+        self.memory = self.engine.allocate_kv(NUM_BLOCKS, lambda nbytes: memoryview(bytearray(b"\xff" * nbytes)))
+        self._free = list(range(NUM_BLOCKS))
+        random.Random(7).shuffle(self._free)
+
+    def sequence(self, prompt: list[int], sampling: SamplingParams = GREEDY, request_id: str = "") -> Sequence:
+        request_id = request_id or f"{len(prompt)}-{len(self._free)}"
+        return Sequence.from_log(Request(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=sampling))
+
+    def step(self, *shares: tuple[Sequence, int], on_layer: Any = None) -> list[SampledToken | None]:
+        """Compute up to that many tokens of each sequence, and append what they sample."""
+        rows = []
+        for sequence, limit in shares:
+            num_tokens = min(limit, sequence.num_uncomputed_tokens)
+            start = sequence.num_computed_tokens
+            self._make_room(sequence, start + num_tokens)
+            rows.append(ScheduledSequence(sequence, start, num_tokens, start + num_tokens == sequence.num_tokens))
+        results = self.engine.step(Batch(tuple(rows)), on_layer)
+        for row, token in zip(rows, results, strict=True):
+            row.sequence.num_computed_tokens = row.end
+            if token is not None:
+                row.sequence.token_ids.append(token.token_id)
+        return results
+
+    def generate(self, sequences: list[Sequence], num_tokens: int, chunk: int = 4096) -> list[list[int]]:
+        """Step all sequences together until each has `num_tokens` outputs; blocks are given back."""
+        while running := [each for each in sequences if each.num_output_tokens < num_tokens]:
+            self.step(*((sequence, chunk) for sequence in running))
+        for sequence in sequences:
+            self._free += sequence.block_table
+        return [sequence.output_token_ids for sequence in sequences]
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> None:
+        needed = blocks_for(num_tokens, self.engine.layout.block_size)
+        while len(sequence.block_table) < needed:
+            sequence.block_table.append(self._free.pop(0))
