@@ -35,6 +35,7 @@ class FakeServer:
     end_event: bytes = DONE_EVENT
     refuse: int | None = None
     bodies: list[dict[str, object]] = field(default_factory=list)
+    ended: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))  # released per stream
 
     def app(self) -> Starlette:
         return Starlette(routes=[Route("/v1/completions", self._complete, methods=["POST"])])
@@ -51,7 +52,9 @@ class FakeServer:
         for start in range(0, len(tokens), self.tokens_per_chunk):
             if self.fail_after is not None and start >= self.fail_after:
                 yield ERROR_EVENT
-                return
+                break
             await asyncio.sleep(self.gap)
             yield event(tokens[start : start + self.tokens_per_chunk])
-        yield self.end_event
+        else:
+            yield self.end_event
+        self.ended.release()

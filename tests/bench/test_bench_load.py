@@ -100,32 +100,32 @@ def test_nobody_listens():
     assert outcome_of(exchange).failure == "connection: ClientConnectorError"
 
 
-def test_streams_are_kept_running_and_then_cut_off():
+def stream_until(fake, requests, num_ended):
+    """The exchanges of streams that are kept running until the server has ended so many."""
+
     async def run():
-        fake = FakeServer()
         async with serve(fake.app(), "127.0.0.1", 0) as server, LoadClient(server.url) as client:
-            async with client.streaming([completion_request("fake", [1], 3)] * 2) as exchanges:
-                while sum(exchange.finished is not None for exchange in exchanges) < 6:
-                    await asyncio.sleep(0.005)
+            async with client.streaming(requests) as exchanges:
+                for _ in range(num_ended):
+                    await fake.ended.acquire()
             return exchanges
 
-    exchanges = asyncio.run(run())
+    return asyncio.run(run())
+
+
+def test_streams_are_kept_running_and_then_cut_off():
+    exchanges = stream_until(FakeServer(gap=0.002), [completion_request("fake", [1], 3)] * 2, num_ended=6)
     cut_off = [exchange for exchange in exchanges if exchange.finished is None]
-    assert len(cut_off) <= 2
+    assert len(exchanges) >= 6
+    assert 1 <= len(cut_off) <= 2
     assert [outcome_of(exchange).failure for exchange in exchanges] == [None] * len(exchanges)
 
 
 def test_a_stream_that_fails_is_not_begun_again():
-    async def run():
-        fake = FakeServer(fail_after=1)
-        async with serve(fake.app(), "127.0.0.1", 0) as server, LoadClient(server.url) as client:
-            async with client.streaming([completion_request("fake", [1], 3)]) as exchanges:
-                while not (exchanges and exchanges[0].finished is not None):
-                    await asyncio.sleep(0.005)
-                await asyncio.sleep(0)
-            return exchanges
-
-    assert len(asyncio.run(run())) == 1
+    sound, failing = completion_request("fake", [1], 1), completion_request("fake", [1], 3)
+    exchanges = stream_until(FakeServer(fail_after=1), [sound, failing], num_ended=6)
+    assert [exchange.request for exchange in exchanges].count(failing) == 1
+    assert [exchange.request for exchange in exchanges].count(sound) >= 4
 
 
 def test_a_late_client_makes_latency_longer():

@@ -61,14 +61,18 @@ def test_a_server_that_does_not_start_says_why():
         pass
 
 
-def test_a_server_that_dies_under_load_is_not_overlooked():
-    with pytest.raises(ServerError, match="the server died"), start("obedient") as server:
-        family = server.processes()
-        os.kill(server.pid, 9)
-        while processes.still_alive({server.pid: family[server.pid]}):
-            time.sleep(0.01)
-        [child] = family.keys() - {server.pid}
-        os.kill(child, 9)
+def kill_and_wait(server):
+    family = server.processes()
+    os.kill(server.pid, 9)
+    while processes.still_alive({server.pid: family[server.pid]}):
+        time.sleep(0.01)
+
+
+def test_a_server_that_dies_is_not_overlooked_nor_are_its_orphans(monkeypatch):
+    monkeypatch.setattr("diptych.bench.server.STOP_TIMEOUT", 1.0)
+    with pytest.raises(ServerError, match="1 processes outlived") as caught, start("obedient") as server:
+        kill_and_wait(server)
+    assert "the server died (-9)" in str(caught.value.__context__)
 
 
 def test_cpu_time_of_a_process_grows_with_its_work():

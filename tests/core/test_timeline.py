@@ -14,7 +14,7 @@ def test_nothing_is_known_before_it_happens() -> None:
 
 
 def test_phases_of_a_split_request() -> None:
-    timeline = Timeline(arrived=10.0, queue_seconds=0.5, prefill_seconds=2.0)
+    timeline = Timeline(arrived=10.0, split=True, queue_seconds=0.5, prefill_seconds=2.0)
     for now in (13.0, 13.25, 13.5, 14.5):
         timeline.token(now)
     timeline.finished = 15.0
@@ -23,6 +23,13 @@ def test_phases_of_a_split_request() -> None:
     assert timeline.itl == [0.25, 0.25, 1.0]
     assert timeline.tpot == 0.5
     assert timeline.server_timing() == {"queue": 0.5, "prefill": 2.0, "handoff": 0.25, "decode": 1.25}
+
+
+def test_a_request_served_by_one_worker_has_no_handoff() -> None:
+    timeline = Timeline(arrived=0.0, queue_seconds=0.0, prefill_seconds=1.0)
+    for now in (1.0, 1.5, 2.0):
+        timeline.token(now)
+    assert timeline.server_timing() == {"queue": 0.0, "prefill": 1.0, "decode": 1.0}
 
 
 def test_one_token_has_no_pace() -> None:

@@ -69,13 +69,15 @@ def running(command: Sequence[str], url: str) -> Iterator[RunningServer]:
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        family: dict[int, ProcessStat] = {}
         try:
             _await_ready(process, url, log)
+            family |= processes.tree(process.pid)
             yield RunningServer(url, process.pid)
             if process.poll() is not None:
                 raise ServerError(f"the server died ({process.returncode}):\n{_tail(log)}")
         finally:
-            _end(process)
+            _end(process, family)
 
 
 def free_port() -> int:
@@ -104,9 +106,10 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt it as Ctrl-C does, and see to it that nothing is left. Raises ServerError if that took force."""
-    family = processes.tree(process.pid)
+def _end(process: subprocess.Popen[bytes], family: dict[int, ProcessStat]) -> None:
+    """Interrupt it as Ctrl-C does, and see to it that nothing is left: neither of the processes that it has
+    now, nor of the `family` that it had once. Raises ServerError if that took force."""
+    family = family | processes.tree(process.pid)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + STOP_TIMEOUT

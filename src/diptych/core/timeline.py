@@ -14,10 +14,11 @@ class Timeline:
     """Timestamps in seconds of one monotonic clock (the router's); None until they happen.
 
     `queue_seconds` and `prefill_seconds` are durations measured by the worker that prefilled, since
-    clocks of two machines cannot be compared.
+    clocks of two machines cannot be compared. `split` says that another worker decodes.
     """
 
     arrived: float
+    split: bool = False
     dispatched: float | None = None
     first_token: float | None = None
     second_token: float | None = None
@@ -56,8 +57,8 @@ class Timeline:
     def server_timing(self) -> dict[str, float]:
         """Seconds per phase, for the `Server-Timing` header: queue, prefill, handoff, decode.
 
-        `handoff` is the gap between the first and the second token: the part of the transfer that was
-        not hidden, plus the first decode step. Only phases that have happened are present.
+        `handoff`, of a split request, is the gap between its first and its second token: the part of the
+        transfer that was not hidden, plus the first decode step. Only phases that have happened are present.
         """
         phases: dict[str, float] = {}
         if self.queue_seconds is not None:
@@ -65,6 +66,9 @@ class Timeline:
         if self.prefill_seconds is not None:
             phases["prefill"] = self.prefill_seconds
         if self.first_token is not None and self.second_token is not None:
-            phases["handoff"] = self.second_token - self.first_token
-            phases["decode"] = self.token_times[-1] - self.second_token
+            decoding_since = self.first_token
+            if self.split:
+                phases["handoff"] = self.second_token - self.first_token
+                decoding_since = self.second_token
+            phases["decode"] = self.token_times[-1] - decoding_since
         return phases

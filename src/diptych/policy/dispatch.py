@@ -122,7 +122,8 @@ class RouterPolicy:
             raise ValueError("admission let a request in that no worker can take")
         route = choice.route
         uncached = demand.uncached(route.prefill or route.decode)
-        self.live[request.request_id] = LiveRequest(request, route, Timeline(arrived=now, dispatched=now), uncached)
+        timeline = Timeline(arrived=now, split=route.prefill is not None, dispatched=now)
+        self.live[request.request_id] = LiveRequest(request, route, timeline, uncached)
         if route.prefill is None:
             return [StartLocal(route.decode, request)]
         return [ReserveBlocks(route.decode, request)]

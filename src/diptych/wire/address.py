@@ -26,7 +26,8 @@ def parse_address(text: str) -> UnixAddress | TcpAddress:
     if kind == "unix" and rest:
         return UnixAddress(rest)
     host, _, port = rest.rpartition(":")
-    if kind != "tcp" or not host or not port.isdecimal():
+    host = host.removeprefix("[").removesuffix("]")
+    if kind != "tcp" or not host or not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
         raise ConfigError(f"{text!r} is no address; write unix:PATH or tcp:HOST:PORT")
     if not _is_loopback(host):
         raise ConfigError(
@@ -37,6 +38,6 @@ def parse_address(text: str) -> UnixAddress | TcpAddress:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"

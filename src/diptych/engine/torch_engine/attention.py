@@ -15,7 +15,7 @@ from diptych.engine.torch_engine.plan import DecodeGroup, PrefillChunk, StepPlan
 
 # Query tokens of a prefill that attend together. Fewer make the products inefficient; more compute
 # more scores above the diagonal, and spill them from cache.
-QUERY_CHUNK = 64
+QUERY_CHUNK = 128
 
 
 class PagedAttention:
@@ -52,10 +52,13 @@ class PagedAttention:
 
     def _prefill(self, layer: int, chunk: PrefillChunk, queries: Tensor, attended: Tensor) -> None:
         """Many tokens of one sequence: queries [T, num_kv_heads, group, head_dim], results into `attended`."""
-        keys, values = self._cache.gather(layer, chunk.gather, 1)
         num_tokens, num_kv_heads, group, head_dim = queries.shape
-        future = _future(min(QUERY_CHUNK, num_tokens), queries)
-        for first in range(0, num_tokens, QUERY_CHUNK):
+        wanted = int(chunk.samples) if layer == self._cache.num_layers - 1 else num_tokens
+        if not wanted:
+            return
+        keys, values = self._cache.gather(layer, chunk.gather, 1)
+        future = _future(min(QUERY_CHUNK, wanted), queries)
+        for first in range(num_tokens - wanted, num_tokens, QUERY_CHUNK):
             some = queries[first : first + QUERY_CHUNK]
             visible = chunk.start + first + len(some)
             rows = some.permute(1, 2, 0, 3).reshape(num_kv_heads, group * len(some), head_dim)

@@ -41,6 +41,10 @@ class KVCache:
         self._layers = storage.view(layout.num_layers, rows, layout.block_size * layout.head_dim)
         self._gathered = storage.new_empty(0)
 
+    @property
+    def num_layers(self) -> int:
+        return self._layout.num_layers
+
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, num_kv_heads, head_dim] at the tokens' `rows` (from `token_rows`)."""
         tokens = torch.cat((keys, values), dim=1).view(-1, self._layout.head_dim)

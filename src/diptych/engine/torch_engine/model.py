@@ -12,16 +12,13 @@ from diptych.engine.torch_engine.config import ModelConfig
 from diptych.engine.torch_engine.rope import RotaryEmbedding, rotate
 from diptych.engine.torch_engine.weights import LayerWeights, ModelWeights
 
-# Tokens that pass through the second half of a layer together, so that what lies between two products
-# stays in the processor's cache.
-TILE = 256
-
 
 class Attend(Protocol):
     """Causal attention of T tokens over themselves and whatever came before them.
 
     Takes the layer's index, queries [T, num_heads, head_dim] and keys, values [T, num_kv_heads,
-    head_dim], rotated; returns [T, num_heads * head_dim].
+    head_dim], rotated; returns [T, num_heads * head_dim]. In the last layer only the rows of tokens whose
+    logits are wanted are read.
     """
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
@@ -45,9 +42,8 @@ class Decoder:
             attended = attend(index, queries, keys, values)
             if index == last:  # nobody reads the other tokens any more
                 hidden, attended = hidden[outputs], attended[outputs]
-            for some, some_attended in zip(hidden.split(TILE), attended.split(TILE), strict=True):
-                some += layer.output(some_attended)
-                some += self._mlp(layer, self._norm(some, layer.mlp_norm))
+            hidden += layer.output(attended)
+            hidden += self._mlp(layer, self._norm(hidden, layer.mlp_norm))
         return self._weights.lm_head(self._norm(hidden, self._weights.norm))
 
     def _project(

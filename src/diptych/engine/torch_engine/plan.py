@@ -45,6 +45,7 @@ class PrefillChunk:
 
     tokens: slice  # of the packed batch
     start: int  # position of the first
+    samples: bool  # whether the last one's logits are wanted
     gather: Tensor
 
 
@@ -78,7 +79,7 @@ def plan_step(batch: Batch, layout: KVLayout, device: torch.device) -> StepPlan:
 
     def chunk(row: ScheduledSequence, end: int) -> PrefillChunk:
         gather = on_device(block_rows(layout, _table(row, layout)))
-        return PrefillChunk(slice(end - row.num_tokens, end), row.start, gather)
+        return PrefillChunk(slice(end - row.num_tokens, end), row.start, row.samples, gather)
 
     return StepPlan(
         token_ids=on_device(_token_ids(packed, len(positions))),
