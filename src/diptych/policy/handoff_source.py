@@ -110,7 +110,7 @@ class SourceHandoffs:
                 self._detach(source)
                 actions.append(AbandonPush(request_id, source.claims))
             elif effect is Effect.RELEASE_BLOCKS:
-                self._pool.release(source.blocks or [])
+                self._pool.release(reversed(source.blocks or []))
                 del self._open[request_id]
         return actions
 

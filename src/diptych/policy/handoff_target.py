@@ -143,6 +143,6 @@ class TargetHandoffs:
             elif effect is Effect.REVOKE_TICKET:
                 actions.append(RevokeTicket(request_id))
             elif effect is Effect.RELEASE_BLOCKS:
-                self._pool.release(target.sequence.block_table)
+                self._pool.release(reversed(target.sequence.block_table))
                 del self._open[request_id]
         return actions

@@ -7,6 +7,7 @@ kernel. A peer that breaks the rules costs its own connection and the hand-offs 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
 import threading
@@ -27,9 +28,11 @@ from diptych.wire.messages import WIRE_VERSION
 
 log = logging.getLogger(__name__)
 
-DRAIN_BYTES = 1 << 20
 
 TargetEvent = HandoffComplete | HandoffFailed | WriterGone
+
+MAX_CONNECTIONS = 1024  # at once, proven or not; each has a thread
+ACCEPT_PAUSE_SECONDS = 1.0  # after a failed accept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +55,10 @@ class KVReceiver:
         self._report = report
         self.book = TicketBook(target.epoch, target.memory.layout.num_layers)
         self._listeners: list[socket.socket] = []
+        self._lock = threading.Lock()  # guards what follows
+        self._closing = threading.Event()
         self._peers: set[_Peer] = set()
-        self._threads: list[threading.Thread] = []
+        self._threads: set[threading.Thread] = set()
 
     def listen(self, address: str) -> str:
         """Take connections at an address; returns the real one (port 0 takes a free port).
@@ -78,28 +83,41 @@ class KVReceiver:
 
     def close(self) -> None:
         """Take no more connections, and end those there are."""
+        with self._lock:
+            self._closing.set()
+            threads = tuple(self._threads)
+            for peer in self._peers:
+                peer.connection.end()
         for sock in self._listeners:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-            sock.close()
-        for peer in tuple(self._peers):
-            peer.connection.end()
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
+        for sock in self._listeners:
+            sock.close()
 
-    def _start(self, work: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        self._threads = [alive for alive in self._threads if alive.is_alive()]
-        self._threads.append(thread)
-        thread.start()
+    def _start(self, work: Callable[[], None], name: str) -> bool:
+        """Run `work` on a thread of its own. False if there are too many, or no more are wanted."""
+        with self._lock:
+            self._threads = {thread for thread in self._threads if thread.is_alive()}
+            if self._closing.is_set() or len(self._threads) >= MAX_CONNECTIONS:
+                return False
+            thread = threading.Thread(target=work, name=name, daemon=True)
+            thread.start()
+            self._threads.add(thread)
+            return True
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return  # closed
-            self._start(lambda sock=sock: self._serve(sock), "data connection")  # type: ignore[misc]
+            except OSError as error:  # closing, or out of descriptors
+                if not self._closing.wait(ACCEPT_PAUSE_SECONDS):
+                    log.error("cannot accept data connections: %s", error)
+                continue
+            if not self._start(functools.partial(self._serve, sock), "data connection"):
+                self.book.counts["refused connection"] += 1
+                sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         """One connection, from handshake to end."""
@@ -110,7 +128,10 @@ class KVReceiver:
             log.warning("%s", error)
             return
         peer = _Peer(connection, self._target, self.book, self._report)
-        self._peers.add(peer)
+        with self._lock:
+            self._peers.add(peer)
+            if self._closing.is_set():
+                connection.end()
         try:
             peer.welcome()
             peer.run()
@@ -118,10 +139,10 @@ class KVReceiver:
             self.book.counts["broken connection"] += 1
             log.warning("data connection of %s ended: %s", peer.name, error)
         finally:
-            peer.drain()
-            self._peers.discard(peer)
-            connection.close()
-            peer.report_lost()
+            peer.hang_up()
+            with self._lock:
+                self._peers.discard(peer)
+            peer.close()
 
 
 class _Peer:
@@ -136,6 +157,7 @@ class _Peer:
     ) -> None:
         self.connection = connection
         self.name = "a source"
+        self._mapped = False  # it has our memory's descriptor, so it writes itself and sends no bytes
         self._target = target
         self._book = book
         self._report = report
@@ -153,6 +175,7 @@ class _Peer:
             raise HandshakeError(f"(wire version, layout, model) are {theirs} there and {ours} here")
         self.tell(frames.PushWelcome(self._target.memory.num_blocks))
         if self.connection.is_local and self._target.descriptor is not None:
+            self._mapped = True
             self.connection.send_descriptor(self._target.descriptor)
 
     def tell(self, answer: frames.FromTarget) -> None:
@@ -175,15 +198,17 @@ class _Peer:
                 case frames.PushHello():
                     raise ProtocolError("a second hello")
 
-    def drain(self) -> None:
-        """Wait for the source's own end of the connection: until then it may be writing to our memory."""
-        with contextlib.suppress(OSError, PeerError):
+    def hang_up(self) -> None:
+        """End the connection; a source that writes to our memory has to end it too before it is over."""
+        with contextlib.suppress(OSError):
             self.connection.end_sending()
-            while True:
-                self.connection.discard(DRAIN_BYTES)  # ends by ProtocolError when the stream does
+            if self._mapped:
+                self.connection.drain()
 
-    def report_lost(self) -> None:
+    def close(self) -> None:
         """The connection is over: whatever it was writing for is not coming."""
+        with self._send_lock:  # whoever is about to tell it something finds it closed, not reused
+            self.connection.close()
         for ticket in self._book.writer_lost(self):
             self._gone(ticket, "transfer_failed", f"the data connection of {self.name} ended")
 
@@ -196,6 +221,8 @@ class _Peer:
             self.tell(frames.Go(frame.request_id, frame.nonce))
 
     def _pages(self, frame: frames.Pages) -> None:
+        if not 0 <= frame.nbytes <= len(self._target.memory.layer(0)):
+            raise ProtocolError(f"{frame.nbytes} bytes of payload were announced")
         ticket = self._book.find(frame.request_id, frame.nonce, frame.epoch, self)
         if ticket is None:
             self.connection.discard(frame.nbytes)
@@ -203,7 +230,7 @@ class _Peer:
         try:
             blocks = ticket.target_blocks(frame)
             size = self._target.memory.layout.block_bytes
-            if frame.nbytes not in (0, len(blocks) * size) or (frame.nbytes == 0) != self._writes_itself:
+            if frame.nbytes != (0 if self._mapped else len(blocks) * size):
                 raise TransferError(f"{frame.nbytes} bytes of payload for {len(blocks)} pages of {size}")
         except TransferError as error:
             self.connection.discard(frame.nbytes)
@@ -216,11 +243,6 @@ class _Peer:
         else:
             self._book.counts["corrupt pages"] += 1
             self._fail(ticket, TransferError(f"pages of layer {frame.layer} are corrupt", code="kv_corrupt"))
-
-    @property
-    def _writes_itself(self) -> bool:
-        """Whether this source writes to our memory, and sends no bytes."""
-        return self.connection.is_local and self._target.descriptor is not None
 
     def _receive(self, layer: int, blocks: Sequence[BlockId]) -> None:
         """Payload straight into the reserved blocks; consecutive ones in one go."""

@@ -8,7 +8,6 @@ blocks until `PushAccepted` or `PushStopped`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -26,7 +25,7 @@ from diptych.transfer import frames
 from diptych.transfer.digest import block_digest
 from diptych.transfer.memory import map_memory
 from diptych.transfer.writers import InlineWriter, MappedWriter
-from diptych.wire.blocking import BlockingConnection, dial
+from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
 log = logging.getLogger(__name__)
@@ -34,8 +33,6 @@ log = logging.getLogger(__name__)
 SourceEvent = PushAccepted | PushRejected | PushCancelled | LinkLost | PushStopped
 Connection = BlockingConnection[frames.FromTarget]
 WrapWriter = Callable[[PageWriter], PageWriter]
-
-GO_SECONDS = 30.0  # for the target's leave to write; it is given at once or never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +85,7 @@ class PushLink:
         self._connection: Connection | None = None
         self._writer: PageWriter = InlineWriter()
         self._sender = threading.Thread(target=self._send_jobs, name=f"push to {target}", daemon=True)
-        self._reader = threading.Thread(target=self._read_answers, name=f"answers of {target}", daemon=True)
+        self._reader: threading.Thread | None = None
         self._sender.start()
 
     # called by the worker, from any thread
@@ -110,10 +107,9 @@ class PushLink:
         self._jobs.put(lambda: self._send_stopped(push))
 
     def end(self) -> None:
-        """Finish what is queued for abandoned requests, hang up, end the threads."""
-        with self._lock:
-            for push in self._pushes.values():
-                self._stop_push(push)
+        """Finish what is queued for abandoned requests, hang up, end the threads. Other requests hear
+        that the link is lost."""
+        self._lose(TransferError("it was ended here"))
         self._jobs.put(None)
         self._sender.join()
 
@@ -140,8 +136,6 @@ class PushLink:
         while (job := self._jobs.get()) is not None:
             self._guarded(job)
         self._hang_up()
-        if self._reader.is_alive():
-            self._reader.join()
 
     def _guarded(self, job: Job) -> None:
         """Whatever breaks the connection ends this link, and nothing else."""
@@ -154,20 +148,29 @@ class PushLink:
 
     def _connect(self) -> None:
         connection: Connection = dial(self._endpoint.address, self._identity.key, frames.FromTarget)
+        try:
+            self._writer = self._wrap(self._introduce(connection))
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        self._reader = threading.Thread(
+            target=self._read_answers, args=(connection,), name=f"answers of {self.target}", daemon=True
+        )
+        self._reader.start()
+
+    def _introduce(self, connection: Connection) -> PageWriter:
+        """Say who we are, and learn how to write."""
         layout = self._source.layout
         connection.send(
             frames.PushHello(WIRE_VERSION, self._identity.worker_id, layout.digest, self._identity.model_digest)
         )
-        welcome = connection.receive()
+        welcome = connection.receive(STALL_SECONDS)
         if not isinstance(welcome, frames.PushWelcome):
-            connection.close()
             raise HandshakeError(f"worker {self.target} refused the data connection")
-        if self._endpoint.transport == "shm":
-            target = map_memory(connection.receive_descriptor(), layout, welcome.num_blocks)
-            self._writer = MappedWriter(target)
-        self._writer = self._wrap(self._writer)
-        self._connection = connection
-        self._reader.start()
+        if self._endpoint.transport != "shm":
+            return InlineWriter()
+        return MappedWriter(map_memory(connection.receive_descriptor(), layout, welcome.num_blocks))
 
     def _connected(self) -> Connection:
         if self._connection is None or self.lost:
@@ -181,7 +184,7 @@ class PushLink:
         claims = push.claims
         push.begun = True
         self._connected().send(frames.Begin(claims.request_id, claims.nonce, claims.epoch))
-        if not push.go.wait(GO_SECONDS):
+        if not push.go.wait(STALL_SECONDS):
             raise TransferError(f"worker {self.target} does not answer")
 
     def _send_pages(self, push: _Push, plan: TransferPlan, layer: int) -> None:
@@ -232,16 +235,16 @@ class PushLink:
         """Only the sender closes the connection, and it does so between jobs: so the target, which sees
         the connection end, can be sure that nothing is being written."""
         connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.end()
+        if connection is not None and self._reader is not None:
+            connection.end()  # wakes the reader, which may still hold the descriptor
+            self._reader.join()
             connection.close()
 
     # the reader thread
 
-    def _read_answers(self) -> None:
-        connection = self._connection
+    def _read_answers(self, connection: Connection) -> None:
         try:
-            while connection is not None and (answer := connection.receive()) is not None:
+            while (answer := connection.receive()) is not None:
                 self._take(answer)
             error: Exception = TransferError(f"worker {self.target} has closed the data connection")
         except (OSError, PeerError) as broken:
@@ -281,11 +284,8 @@ class PushLink:
                 return
             self.lost = True
             open_pushes = {request_id: push for request_id, push in self._pushes.items() if not push.over}
-        log.warning("data connection to %s lost: %s", self.target, error)
+        log.info("data connection to worker %s is over: %s", self.target, error)
         for push in open_pushes.values():
             self._stop_push(push)
         if open_pushes:
             self._report(LinkLost(self.target, tuple(open_pushes)))
-        with contextlib.suppress(OSError):
-            if self._connection is not None:
-                self._connection.end()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +23,7 @@ from diptych.wire.codec import LENGTH, Decoder, encode_frame, frame_length
 T = TypeVar("T")
 
 MAX_CONTROL_BYTES = 1 << 20  # data-plane frames are small; pages follow as payload
-SEND_SECONDS = 30  # a peer that takes nothing for this long is lost
+STALL_SECONDS = 30  # a peer that takes nothing, or stops in the middle of a message, for this long is lost
 _MAX_BUFFERS = 512  # per sendmsg, below every system's IOV_MAX
 _DISCARD_BYTES = 1 << 20
 
@@ -36,7 +38,10 @@ class BlockingConnection(Generic[T]):
         self._socket = sock
         self._decoder: Decoder[T] = Decoder(expects)
         sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_SECONDS, 0))
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -55,8 +60,11 @@ class BlockingConnection(Generic[T]):
             if buffers and sent:
                 buffers[0] = buffers[0][sent:]
 
-    def receive(self) -> T | None:
-        """The next message; None when the peer has closed its end."""
+    def receive(self, seconds: float | None = None) -> T | None:
+        """The next message; None when the peer has closed its end. Waits for as long as it takes, or
+        `seconds` (then TimeoutError); a message that has begun has to go on coming."""
+        if not self._readable.poll(None if seconds is None else seconds * 1000):
+            raise TimeoutError(f"the peer has said nothing for {seconds} s")
         header = bytearray(LENGTH.size)
         if not self.receive_into(memoryview(header), may_end=True):
             return None
@@ -77,6 +85,12 @@ class BlockingConnection(Generic[T]):
             done += received
         return True
 
+    def drain(self) -> None:
+        """Skip everything until the peer closes its end, for as long as that takes."""
+        scratch = bytearray(_DISCARD_BYTES)
+        while self._readable.poll() and self._socket.recv_into(scratch):
+            pass
+
     def discard(self, nbytes: int) -> None:
         """Skip payload that nobody wants."""
         scratch = memoryview(bytearray(min(nbytes, _DISCARD_BYTES)))
@@ -90,7 +104,7 @@ class BlockingConnection(Generic[T]):
 
     def receive_descriptor(self) -> int:
         """Take a file descriptor, which the caller owns from now on. Raises ProtocolError if none came."""
-        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if len(descriptors) != 1:
             raise ProtocolError("expected a file descriptor")
         return int(descriptors[0])
@@ -115,32 +129,41 @@ class BlockingConnection(Generic[T]):
 
 def dial(address: str, key: bytes, expects: Any) -> BlockingConnection[Any]:
     """Connect and prove. Raises HandshakeError, or OSError if nobody listens."""
-    where = parse_address(address)
-    if isinstance(where, TcpAddress):
-        sock = socket.create_connection((where.host, where.port), handshake.SECONDS)
-    else:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(handshake.SECONDS)
-        sock.connect(where.path)
+    sock = _connect(address)
+    deadline = time.monotonic() + handshake.SECONDS
     side = handshake.ConnectorSide(key)
     try:
         sock.sendall(side.opening)
-        sock.sendall(side.answer(_exactly(sock, handshake.REPLY_BYTES)))
-        if _exactly(sock, 1) != handshake.CONFIRMED:
-            raise HandshakeError("the listener does not accept this fleet key")
+        sock.sendall(side.answer(_exactly(sock, handshake.REPLY_BYTES, deadline)))
+        if _exactly(sock, 1, deadline) != handshake.CONFIRMED:
+            raise HandshakeError("it does not accept this fleet key")
     except (OSError, HandshakeError) as error:
         sock.close()
         raise HandshakeError(f"no handshake with {address}: {error}") from error
     return BlockingConnection(sock, expects)
 
 
+def _connect(address: str) -> socket.socket:
+    where = parse_address(address)
+    if isinstance(where, TcpAddress):
+        return socket.create_connection((where.host, where.port), handshake.SECONDS)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(handshake.SECONDS)
+        sock.connect(where.path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def accept(sock: socket.socket, key: bytes, expects: Any) -> BlockingConnection[Any]:
     """Prove to a caller that has just connected. Raises HandshakeError; the socket is closed then."""
+    deadline = time.monotonic() + handshake.SECONDS
     side = handshake.ListenerSide(key)
-    sock.settimeout(handshake.SECONDS)
     try:
-        sock.sendall(side.reply(_exactly(sock, handshake.OPENING_BYTES)))
-        side.check(_exactly(sock, handshake.PROOF_BYTES))
+        sock.sendall(side.reply(_exactly(sock, handshake.OPENING_BYTES, deadline)))
+        side.check(_exactly(sock, handshake.PROOF_BYTES, deadline))
         sock.sendall(handshake.CONFIRMED)
     except (OSError, HandshakeError) as error:
         sock.close()
@@ -152,18 +175,24 @@ def listening_socket(address: str) -> tuple[socket.socket, str]:
     """A listening socket and its real address (port 0 takes a free one). Unix sockets get mode 0600."""
     where = parse_address(address)
     if isinstance(where, TcpAddress):
-        sock = socket.create_server((where.host, where.port))
+        family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+        sock = socket.create_server((where.host, where.port), family=family)
         return sock, f"tcp:{where.host}:{sock.getsockname()[1]}"
     sock = socket.socket(socket.AF_UNIX)
-    sock.bind(where.path)
-    os.chmod(where.path, 0o600)
-    sock.listen()
+    try:
+        sock.bind(where.path)
+        os.chmod(where.path, 0o600)
+        sock.listen()
+    except OSError:
+        sock.close()
+        raise
     return sock, address
 
 
-def _exactly(sock: socket.socket, nbytes: int) -> bytes:
+def _exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < nbytes:
+        sock.settimeout(max(deadline - time.monotonic(), 1e-3))
         part = sock.recv(nbytes - len(data))
         if not part:
             raise HandshakeError("the other end closed the connection during the handshake")

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from typing import Any
 
 from diptych.core.blocks import blocks_for
 from diptych.core.clock import WallClock
@@ -101,10 +102,11 @@ async def _serve(
                 messages.WIRE_VERSION, settings.worker_id, settings.epoch, os.getpid(), settings.role, manifest
             )
         )
-        tasks = [
+        tasks: list[asyncio.Future[Any]] = [
             asyncio.create_task(_receive(settings, channel, worker)),
             asyncio.create_task(worker.beat()),
             asyncio.create_task(stop.wait()),
+            _first_failed_callback(),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -115,6 +117,21 @@ async def _serve(
                 task.cancel()
             await worker.stop()
             channel.close()
+
+
+def _first_failed_callback() -> asyncio.Future[None]:
+    """Fails with the first exception that escapes a callback of this loop. A worker whose bookkeeping has
+    gone wrong must not go on: it ends, and its successor starts with a new epoch."""
+    loop = asyncio.get_running_loop()
+    failed: asyncio.Future[None] = loop.create_future()
+
+    def on_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        log.error("%s", context["message"], exc_info=context.get("exception"))
+        if not failed.done():
+            failed.set_exception(context.get("exception") or RuntimeError(context["message"]))
+
+    loop.set_exception_handler(on_exception)
+    return failed
 
 
 def _policy(settings: WorkerSettings, engine: Engine, memory: KVMemory) -> WorkerPolicy:
