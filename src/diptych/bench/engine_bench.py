@@ -28,7 +28,9 @@ from diptych.core.request import Request, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.engine.torch_engine.runner import TorchEngine
 
-DECODE_STEPS = 8
+VOCAB_SIZE = 8192
+DECODE_STEPS = 8  # per round; contexts go on growing from round to round
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,13 @@ def make_benchmark_checkpoint(directory: Path) -> Path:
         num_attention_heads=8,
         num_key_value_heads=4,
         intermediate_size=1408,
-        vocab_size=8192,
+        vocab_size=VOCAB_SIZE,
         max_position_embeddings=4096,
     )
-    transformers.utils.logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+        model: Any = transformers.LlamaForCausalLM(config)
+        model.to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 
@@ -91,37 +93,31 @@ class EngineSide:
         self._engine = TorchEngine.load(checkpoint)
         self._block_size = self._engine.layout.block_size
         self._engine.allocate_kv(blocks_for(max_tokens, self._block_size), lambda nbytes: memoryview(bytearray(nbytes)))
+        self._sequences: list[Sequence] = []
 
-    def prefill(self, prompts: list[list[int]]) -> float:
-        """Seconds from the prompts to their first tokens."""
-        sequences = self._sequences(prompts)
-        start = time.perf_counter()
-        self._engine.step(Batch(tuple(ScheduledSequence(s, 0, s.num_tokens, True) for s in sequences)))
-        return time.perf_counter() - start
-
-    def decode(self, prompts: list[list[int]], steps: int) -> float:
-        """Seconds for `steps` tokens more per prompt, the prompts' KV being there."""
-        sequences = self._sequences(prompts)
-        for sequence in sequences:
-            self._step([sequence])
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._step(sequences)
-        return time.perf_counter() - start
-
-    def _sequences(self, prompts: list[list[int]]) -> list[Sequence]:
-        sequences = []
+    def prefill(self, prompts: list[list[int]], room: int = 1) -> float:
+        """Seconds from prompts to their first tokens, one prompt a step; leaves room for more tokens."""
+        self._sequences = []
         next_block = 0
         for number, prompt in enumerate(prompts):
-            greedy = SamplingParams(temperature=0.0)
             sequence = Sequence.from_log(
-                Request(request_id=str(number), prompt_token_ids=tuple(prompt), sampling=greedy)
+                Request(request_id=str(number), prompt_token_ids=tuple(prompt), sampling=GREEDY)
             )
-            needed = blocks_for(len(prompt) + DECODE_STEPS + 1, self._block_size)
+            needed = blocks_for(len(prompt) + room, self._block_size)
             sequence.block_table = list(range(next_block, next_block + needed))
             next_block += needed
-            sequences.append(sequence)
-        return sequences
+            self._sequences.append(sequence)
+        start = time.perf_counter()
+        for sequence in self._sequences:
+            self._step([sequence])
+        return time.perf_counter() - start
+
+    def decode(self, steps: int) -> float:
+        """Seconds for that many tokens more of each sequence."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step(self._sequences)
+        return time.perf_counter() - start
 
     def _step(self, sequences: list[Sequence]) -> None:
         rows = tuple(ScheduledSequence(s, s.num_computed_tokens, s.num_uncomputed_tokens, True) for s in sequences)
@@ -139,38 +135,41 @@ class TransformersSide:
 
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
         self._model = load(checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        self._tokens = torch.empty(0)
+        self._cache: Any = None
 
-    @torch.inference_mode()
-    def prefill(self, prompts: list[list[int]]) -> float:
-        """Seconds from the prompts (of equal length) to their first tokens."""
-        tokens = torch.tensor(prompts)
+    def prefill(self, prompts: list[list[int]], room: int = 1) -> float:
+        """Seconds from prompts, of equal length and run as one batch, to their first tokens."""
+        self._tokens, self._cache = torch.tensor(prompts), None
         start = time.perf_counter()
-        self._forward(tokens, None)
+        self._step()
         return time.perf_counter() - start
 
-    @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], steps: int) -> float:
-        """Seconds for `steps` tokens more per prompt, the prompts' KV being there."""
-        tokens, cache = self._forward(torch.tensor(prompts), None)
+    def decode(self, steps: int) -> float:
+        """Seconds for that many tokens more of each sequence."""
         start = time.perf_counter()
         for _ in range(steps):
-            tokens, cache = self._forward(tokens, cache)
+            self._step()
         return time.perf_counter() - start
 
-    def _forward(self, tokens: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        out = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(dim=-1, keepdim=True), out.past_key_values
+    @torch.inference_mode()
+    def _step(self) -> None:
+        out = self._model(input_ids=self._tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._tokens, self._cache = out.logits[:, -1].argmax(dim=-1, keepdim=True), out.past_key_values
 
 
 def measure(cases: tuple[Case, ...], rounds: int, checkpoint: Path) -> list[Result]:
     """Run all cases, alternating sides; one warm-up round each is not counted."""
-    room = max(case.batch * (case.context + DECODE_STEPS + 16) for case in cases)
-    engine, other = EngineSide(checkpoint, room + 16), TransformersSide(checkpoint)
+    steps = DECODE_STEPS * (rounds + 1) + 1
+    most = max(case.batch * blocks_for(case.context + steps, 16) * 16 for case in cases)
+    sides = (EngineSide(checkpoint, most), TransformersSide(checkpoint))
     results = []
     for case in cases:
         generator = random.Random(0)
-        prompts = [[generator.randrange(8192) for _ in range(case.context)] for _ in range(case.batch)]
-        pairs = [(_rate(engine, case, prompts), _rate(other, case, prompts)) for _ in range(rounds + 1)][1:]
+        prompts = [[generator.randrange(VOCAB_SIZE) for _ in range(case.context)] for _ in range(case.batch)]
+        for side in sides:
+            side.prefill(prompts, room=steps)
+        pairs = [tuple(_rate(side, case, prompts) for side in sides) for _ in range(rounds + 1)][1:]
         ours, theirs = zip(*pairs, strict=True)
         results.append(Result(case, statistics.median(ours), statistics.median(theirs), ours, theirs))
         print(_line(results[-1]), flush=True)
@@ -180,7 +179,7 @@ def measure(cases: tuple[Case, ...], rounds: int, checkpoint: Path) -> list[Resu
 def _rate(side: EngineSide | TransformersSide, case: Case, prompts: list[list[int]]) -> float:
     if case.phase == "prefill":
         return case.batch * case.context / side.prefill(prompts)
-    return case.batch * DECODE_STEPS / side.decode(prompts, DECODE_STEPS)
+    return case.batch * DECODE_STEPS / side.decode(DECODE_STEPS)
 
 
 HEADER = f"{'phase':8} {'batch':>5} {'context':>7} {'engine tok/s':>13} {'transformers tok/s':>19} {'ratio':>6}"

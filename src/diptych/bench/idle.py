@@ -9,7 +9,7 @@ from pathlib import Path
 from diptych.bench.load import LoadClient
 from diptych.bench.metrics import Fields, cpu_percent
 from diptych.bench.server import RunningServer, System, diptych_server
-from diptych.bench.serving import SERVED_NAME, warm_up
+from diptych.bench.serving import SERVED_NAME, LoadPlan, warm_up
 
 SETTLE = 3.0  # seconds after the last answer
 
@@ -18,7 +18,7 @@ async def measure_idle(model: Path, system: System, seconds: float) -> Fields:
     """CPU use over `seconds` idle seconds, after a few requests have been served. Raises ServerError."""
     with diptych_server(model, system, SERVED_NAME) as server:
         async with LoadClient(server.url) as client:
-            await warm_up(client, input_len=256)
+            await warm_up(client, LoadPlan(request_rate=1, num_prompts=0))
         await asyncio.sleep(SETTLE)
         before, began = _cpu_seconds(server), time.monotonic()
         await asyncio.sleep(seconds)

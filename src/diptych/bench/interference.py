@@ -122,7 +122,7 @@ async def _run_trial(model: Path, system: System, plan: InterferencePlan, seed: 
     prompts = make_requests(load)
     with diptych_server(model, system, SERVED_NAME) as server:
         async with LoadClient(server.url) as client:
-            await warm_up(client, plan.input_len)
+            await warm_up(client, load)
             async with client.streaming(_stream_requests(plan, seed)) as streams:
                 await asyncio.sleep(plan.settle)
                 start = clock()
@@ -130,12 +130,17 @@ async def _run_trial(model: Path, system: System, plan: InterferencePlan, seed: 
                 disturbances = await client.offer(prompts, arrivals)
                 await asyncio.sleep(plan.calm)
                 end = clock()
-    return _judge(system, streams, disturbances, (start, end))
+    return judge(system, streams, disturbances, (start, end))
 
 
-def _judge(
+def judge(
     system: System, streams: Sequence[Exchange], disturbances: Sequence[Exchange], span: tuple[float, float]
 ) -> Trial:
+    """What the exchanges of one trial say; `span` is when measuring began and ended.
+
+    Raises:
+        ServerError: the streams gave no token in that time.
+    """
     zero = disturbances[0].due
     outcomes = [outcome_of(stream) for stream in streams]
     gaps = [gap for outcome in outcomes for gap in token_gaps([t - zero for t in outcome.timeline.token_times])]

@@ -123,13 +123,13 @@ def _engine(report: Fields) -> str:
 def _serving(runs: Sequence[Fields]) -> str:
     columns = ("ttft", "itl", "tpot", "e2el")
     header = ["system", "requests/s", *(f"{name.upper()} p50 / p99 (ms)" for name in columns)]
-    header += ["output tokens/s", "done", "failed", "routes", "client late (ms)"]
+    header += ["output tokens/s", "done", "failed", "routes", "client late at most (ms)", "client CPU (%)"]
     rows = []
     for run in runs:
         latencies = [f"{number(run[f'median_{name}_ms'])} / {number(run[f'p99_{name}_ms'])}" for name in columns]
         ends = [run["completed"], _failures(run["failed"], run["failures"]), counts(run["routes"])]
-        late = number(run["max_client_lag_ms"])
-        rows.append([run["system"], run["request_rate"], *latencies, number(run["output_throughput"]), *ends, late])
+        client = [number(run["max_client_lag_ms"]), number(run["client_cpu_percent"])]
+        rows.append([run["system"], run["request_rate"], *latencies, number(run["output_throughput"]), *ends, *client])
     lengths = f"{runs[0]['input_len']:,} tokens in, {runs[0]['output_len']} out" if runs else ""
     return f"## Serving: Poisson arrivals, {lengths}\n\n{table(header, rows)}"
 

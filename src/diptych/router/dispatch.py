@@ -207,15 +207,18 @@ class Router:
     # the loop's own
 
     async def beat(self) -> None:
-        """Notice silence, for as long as the task lives."""
+        """Watch the fleet for as long as the task lives."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            now = self._clock.now()
-            self._last_beat = now
-            for link in self._fleet.silent(now):
-                log.warning("worker %s has fallen silent", link.worker_id)
-                self._callbacks.on_silent(link.worker_id)
-                self._lost(link)
+            self._last_beat = self._clock.now()
+            self.check_silence()
+
+    def check_silence(self) -> None:
+        """Workers that have not been heard of for too long are lost."""
+        for link in self._fleet.silent(self._clock.now()):
+            log.warning("worker %s has fallen silent", link.worker_id)
+            self._callbacks.on_silent(link.worker_id)
+            self._lost(link)
 
     def shutdown(self) -> None:
         """Tell every worker to end."""

@@ -28,7 +28,6 @@ from diptych.wire.messages import WIRE_VERSION
 
 log = logging.getLogger(__name__)
 
-
 TargetEvent = HandoffComplete | HandoffFailed | WriterGone
 
 MAX_CONNECTIONS = 1024  # at once, proven or not; each has a thread

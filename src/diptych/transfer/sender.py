@@ -143,6 +143,9 @@ class PushLink:
             job()
         except (OSError, PeerError) as error:
             self._lose(error)
+        except Exception as error:  # a bug: still, nobody may wait for a thread that is gone
+            log.exception("a job of the data connection to worker %s broke", self.target)
+            self._lose(error)
         if self.lost:
             self._hang_up()
 
@@ -284,7 +287,8 @@ class PushLink:
                 return
             self.lost = True
             open_pushes = {request_id: push for request_id, push in self._pushes.items() if not push.over}
-        log.info("data connection to worker %s is over: %s", self.target, error)
+        level = logging.WARNING if open_pushes else logging.INFO
+        log.log(level, "data connection to worker %s is over: %s", self.target, error)
         for push in open_pushes.values():
             self._stop_push(push)
         if open_pushes:

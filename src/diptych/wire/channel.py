@@ -63,7 +63,7 @@ class StreamChannel(Generic[T]):
         try:
             header = await self._reader.readexactly(LENGTH.size)
             return self._decoder.decode(await self._reader.readexactly(frame_length(header)))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, OSError):
             self.close()
             raise StopAsyncIteration from None
         except ProtocolError:

@@ -1,0 +1,202 @@
+"""The router's shell over in-memory channels: the test plays the workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from diptych.core.clock import VirtualClock
+from diptych.core.errors import ServingError, UnavailableError
+from diptych.core.fleet import KVEndpoint, Manifest, ModelInfo, Role
+from diptych.core.kv_layout import KVLayout
+from diptych.core.request import FinishReason, Request, SampledToken, TokenOutput
+from diptych.policy.dispatch import RouterPolicy
+from diptych.policy.routing import Routing
+from diptych.router.dispatch import FleetCallbacks, Router
+from diptych.telemetry.journal import NoJournal
+from diptych.wire import messages
+from diptych.wire.channel import MemoryChannel, memory_pair
+
+MODEL = ModelInfo(name="m", digest="d", vocab_size=256, max_model_len=1024, eos_token_ids=())
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, dtype="uint8", block_size=16)
+LONG = Request(request_id="r", prompt_token_ids=tuple(range(200)))
+
+
+def manifest(**changes: Any) -> Manifest:
+    endpoint = KVEndpoint(transport="shm", address="unix:/nowhere")
+    return Manifest(**{"model": MODEL, "layout": LAYOUT, "num_blocks": 64, "endpoints": (endpoint,), **changes})
+
+
+def hello(name: str, role: Role, epoch: int = 1, **changes: Any) -> messages.Hello:
+    return messages.Hello(messages.WIRE_VERSION, name, epoch, 42, role, manifest(**changes))
+
+
+class Stage:
+    """A router, and the workers' ends of its channels."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualClock()
+        self.silent: list[str] = []
+        callbacks = FleetCallbacks(on_silent=self.silent.append)
+        expected = {"p0": Role.PREFILL, "d0": Role.DECODE}
+        policy = RouterPolicy(Routing())
+        self.router = Router(policy, self.clock, NoJournal(), expected=expected, callbacks=callbacks)
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def connect(self) -> MemoryChannel[Any]:
+        ours, theirs = memory_pair(messages.FromWorker, messages.ToWorker)
+        self.tasks.append(asyncio.create_task(self.router.on_channel(ours)))
+        return theirs
+
+    async def join(self, greeting: messages.Hello) -> MemoryChannel[Any]:
+        end = self.connect()
+        end.send(greeting)
+        assert isinstance(await anext(end), messages.Welcome)
+        return end
+
+    async def pair(self) -> tuple[MemoryChannel[Any], MemoryChannel[Any]]:
+        prefill = await self.join(hello("p0", Role.PREFILL))
+        decode = await self.join(hello("d0", Role.DECODE))
+        assert await anext(prefill) == messages.WarmUp("d0", 1, manifest().endpoints[0])
+        return prefill, decode
+
+
+def play(script: Callable[[Stage], Awaitable[None]]) -> None:
+    async def run() -> None:
+        stage = Stage()
+        async with asyncio.timeout(30):
+            await script(stage)
+        for task in stage.tasks:
+            task.cancel()
+        await asyncio.gather(*stage.tasks, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def output(index: int, finish: FinishReason | None = None) -> TokenOutput:
+    return TokenOutput("r", index, SampledToken(100 + index), finish)
+
+
+async def start_split(stage: Stage) -> tuple[MemoryChannel[Any], MemoryChannel[Any], Any]:
+    prefill, decode = await stage.pair()
+    stream = stage.router.submit(LONG)
+    assert await anext(decode) == messages.Reserve(LONG, ())
+    decode.send(messages.Granted("r", b"ticket", 0))
+    order = await anext(prefill)
+    assert order == messages.Prefill(LONG, (), b"ticket", manifest().endpoints[0])
+    return prefill, decode, stream
+
+
+def test_a_split_request_from_submission_to_its_last_token() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        decode.send(messages.Tokens([output(1)]))  # may overtake the first token, on another connection
+        decode.send(messages.Tokens([output(1)]))  # a duplicate
+        prefill.send(messages.Prefilled(output(0), 16, 0.5, 0.25))
+        decode.send(messages.Tokens([output(2, FinishReason.LENGTH)]))
+        tokens = [token.token.token_id async for token in stream]
+        assert tokens == [100, 101, 102]
+        assert stream.route.header() == "prefill=p0;decode=d0;transport=shm"
+        assert stream.num_cached_tokens == 16
+        assert stream.timeline.server_timing()["prefill"] == 0.25
+
+    play(script)
+
+
+def test_cancelling_aborts_in_both_pools() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        stream.cancel()
+        stream.cancel()
+        assert await anext(prefill) == messages.Abort("r")
+        assert await anext(decode) == messages.Abort("r")
+
+    play(script)
+
+
+def test_a_lost_worker_ends_its_requests_and_frees_the_other_side() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        decode.close()
+        with pytest.raises(ServingError) as failure:
+            await anext(aiter(stream))
+        assert failure.value.code == "worker_lost"
+        assert await anext(prefill) == messages.Abort("r")
+        states = {view.worker_id: view.state for view in stage.router.workers()}
+        assert states == {"p0": "ready", "d0": "starting"}
+        assert not stage.router.ready()
+
+    play(script)
+
+
+def test_a_failure_on_one_side_cancels_the_other() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        prefill.send(messages.Failed("r", "transfer_failed", "the link broke"))
+        with pytest.raises(ServingError, match="the link broke"):
+            await anext(aiter(stream))
+        assert await anext(decode) == messages.Abort("r")
+
+    play(script)
+
+
+def test_without_workers_nothing_is_accepted() -> None:
+    async def script(stage: Stage) -> None:
+        assert not stage.router.ready()
+        with pytest.raises(UnavailableError):
+            stage.router.submit(LONG)
+
+    play(script)
+
+
+@pytest.mark.parametrize(
+    "misfit",
+    [
+        hello("d0", Role.DECODE, model=ModelInfo(name="m", digest="x", vocab_size=1, max_model_len=1, eos_token_ids=())),
+        hello("d0", Role.DECODE, layout=KVLayout(num_layers=3, num_kv_heads=1, head_dim=8, dtype="uint8", block_size=16)),
+        hello("p0", Role.PREFILL, epoch=1),
+        messages.Hello(messages.WIRE_VERSION + 1, "d0", 1, 42, Role.DECODE, manifest()),
+    ],
+    ids=["model", "layout", "same epoch", "wire version"],
+)
+def test_a_worker_that_does_not_fit_is_refused_with_the_reason(misfit: messages.Hello) -> None:
+    async def script(stage: Stage) -> None:
+        await stage.join(hello("p0", Role.PREFILL))
+        stranger = stage.connect()
+        stranger.send(misfit)
+        assert isinstance(await anext(stranger), messages.Refused)
+        assert [view.worker_id for view in stage.router.workers() if view.state == "ready"] == ["p0"]
+
+    play(script)
+
+
+def test_a_newer_life_replaces_the_older_one() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        await stage.join(hello("d0", Role.DECODE, epoch=2))
+        with pytest.raises(ServingError):
+            await anext(aiter(stream))
+        with pytest.raises(StopAsyncIteration):  # the older life's channel is closed
+            await anext(decode)
+        assert [view.epoch for view in stage.router.workers()] == [2, 1]
+
+    play(script)
+
+
+def test_a_silent_worker_counts_as_lost() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        stage.clock.advance_to(4.0)
+        prefill.send(messages.Heartbeat(stage.router.workers()[0].stats))
+        while stage.router._fleet.links["p0"].last_heard < 4.0:
+            await asyncio.sleep(0)
+        stage.clock.advance_to(8.0)
+        stage.router.check_silence()
+        assert stage.silent == ["d0"]
+        with pytest.raises(ServingError):
+            await anext(aiter(stream))
+
+    play(script)

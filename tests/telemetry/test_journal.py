@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diptych.core.actions import DeliverFailure, RunStep
+from diptych.core.errors import ServingError
+from diptych.core.events import AbortRequested, ServeRequested
+from diptych.core.request import Request
+from diptych.core.sequence import Batch, ScheduledSequence, Sequence
+from diptych.telemetry.journal import open_journal
+
+
+def test_each_event_is_a_line_with_the_actions_it_led_to(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    request = Request(request_id="r", prompt_token_ids=(1, 2))
+    row = ScheduledSequence(Sequence.from_log(request), 0, 2, samples=True)
+    journal = open_journal(str(path))
+    journal.record(1.5, ServeRequested(request), [RunStep(Batch((row,)))])
+    journal.record(2.5, AbortRequested("r"), [DeliverFailure("r", ServingError("broken", code="worker_lost"))])
+    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    journal.close()
+    assert (first["t"], first["event"]["kind"], first["actions"][0]["kind"]) == (1.5, "ServeRequested", "RunStep")
+    assert first["event"]["request"]["prompt_token_ids"] == [1, 2]
+    assert second["actions"][0]["error"] == {"code": "worker_lost", "message": "broken"}
+
+
+def test_without_a_path_nothing_is_kept() -> None:
+    journal = open_journal(None)
+    journal.record(0.0, AbortRequested("r"), [])
+    journal.close()
