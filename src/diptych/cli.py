@@ -7,7 +7,7 @@ import logging
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -53,28 +53,27 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     mixed: Annotated[int, Option(min=0, help="Workers that do both, un-split.")] = 0,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, Option(help="Where workers compute: cpu or cuda.")] = "cpu",
-    transport: Annotated[str, Option(help="How KV pages travel: auto, shm or tcp.")] = "auto",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Option(help="What workers compute in.")] = "auto",
+    device: Annotated[Literal["cpu", "cuda"], Option(help="Where workers compute.")] = "cpu",
+    transport: Annotated[Literal["auto", "shm", "tcp"], Option(help="How KV pages travel.")] = "auto",
     max_model_len: Annotated[int | None, Option(min=1, help="Longest prompt plus answer, in tokens.")] = None,
     kv_cache_tokens: Annotated[int | None, Option(min=1, help="KV cache of each worker, in tokens.")] = None,
     block_size: Annotated[int, Option(min=1, help="Tokens per KV block.")] = 16,
-    eviction: Annotated[str, Option(help="Which cached block goes first: lru or fifo.")] = "lru",
+    eviction: Annotated[Literal["lru", "fifo"], Option(help="Which cached block goes first.")] = "lru",
     prefix_caching: Annotated[bool, Option(help="Reuse the KV of shared prefixes.")] = True,
     max_batch_tokens: Annotated[int, Option(min=2, help="Tokens per step; longer prompts go in chunks.")] = 512,
     max_sequences: Annotated[int, Option(min=1, help="Sequences per step and worker.")] = 64,
     max_requests: Annotated[int, Option(min=1, help="Streams served or queued at once; beyond that 429.")] = 1024,
     served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
     api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
-    engine: Annotated[str, Option(help="torch, or scripted (no model, made-up tokens).")] = "torch",
+    engine: Annotated[Literal["torch", "scripted"], Option(help="scripted: no model, made-up tokens.")] = "torch",
     journal: Annotated[Path | None, Option(help="Directory for a record of every decision (JSONL).")] = None,
-    config: Annotated[
-        Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")
-    ] = None,
+    config: Annotated[Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")] = None,
 ) -> None:
     """Serve a model through a prefill and a decode pool, with an OpenAI-compatible API."""
     from diptych import serve as composition
 
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     split = 0 if mixed else 1
     settings = composition.ServeSettings(
         pools=composition.PoolSettings(

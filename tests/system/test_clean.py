@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -80,9 +80,10 @@ async def carry_out(client: httpx.AsyncClient, visit: Visit) -> str:
     except (TimeoutError, InterruptedError):
         return "left"
     try:
-        assert response.status_code == 200 if visit.valid else 400 <= response.status_code < 500
         if not visit.valid:
+            assert response.status_code in (400, 404)
             return "refused"
+        assert response.status_code == 200, await response.aread()
         if visit.leaves == "after headers":
             return "left"
         answer = await _read(response, visit)
@@ -120,7 +121,7 @@ async def _read(response: httpx.Response, visit: Visit) -> list[int] | None:
 
 def expected(visit: Visit) -> list[int]:
     if "messages" in visit.body:
-        prompt = list(f"user: {visit.body['messages'][0]['content']}\nassistant:".encode())
+        prompt = list(f"user: {visit.body['messages'][0]['content']}\nassistant: ".encode())
     else:
         prompt = visit.body["prompt"]
     sampling = SamplingParams(temperature=visit.body["temperature"], seed=visit.body["seed"])
@@ -136,10 +137,12 @@ async def carry_out_all(server: Server) -> Counter[str]:
             ends[await carry_out(client, visit)] += 1
 
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60.0, limits=limits, trust_env=False) as client:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(IN_FLIGHT):
-                group.create_task(one_after_another(client))
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=60.0, limits=limits, trust_env=False) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        for _ in range(IN_FLIGHT):
+            group.create_task(one_after_another(client))
     return ends
 
 
@@ -147,9 +150,9 @@ def test_nothing_is_left_of_clients_that_left() -> None:
     with serving(*SCRIPTED, "--block-size", str(BLOCK_SIZE)) as server:
         ends = asyncio.run(carry_out_all(server))
         assert ends.total() == NUM_VISITS
-        assert min(ends.values()) > NUM_VISITS // 20 and len(ends) == 3
+        assert min(ends[end] for end in ("answered", "left", "refused")) > NUM_VISITS // 20
         soon(lambda: is_idle(server), "all blocks are given back")
-        assert server.metric('diptych_requests_in_flight') == 0
+        assert server.metric("diptych_requests_in_flight") == 0
         for prefer in ("split", "local"):
             only_the_blocks_of_one_live_request(server, prefer)
 
@@ -162,7 +165,8 @@ def only_the_blocks_of_one_live_request(server: Server, prefer: str) -> None:
         soon(lambda: server.fleet()["decode-0"]["running"] == 1, "it runs")
         held = {name: worker["kv_blocks_used"] for name, worker in server.fleet().items()}
         assert held["prefill-0"] == 0
-        assert blocks_for(len(prompt), BLOCK_SIZE) <= held["decode-0"] <= blocks_for(len(prompt) + max_tokens, BLOCK_SIZE)
+        least, most = blocks_for(len(prompt), BLOCK_SIZE), blocks_for(len(prompt) + max_tokens, BLOCK_SIZE)
+        assert least <= held["decode-0"] <= most
         token_ids += stream.token_ids
     assert token_ids == expected_tokens(prompt, max_tokens)
     soon(lambda: is_idle(server), "its blocks are given back")

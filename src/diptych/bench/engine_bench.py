@@ -5,7 +5,7 @@
 The checkpoint has 32 million random bfloat16 parameters (Llama: hidden 512, 8 layers, 8 heads on 4 KV
 heads, MLP 1408, vocabulary 8192). Both sides use one thread. Rounds alternate, so that whatever else
 the machine does hits both; the ratio is that of the medians. Prefill is one prompt, up to its first
-token; decode is steps of a whole batch whose contexts have the given length when timing starts.
+token; decode is steps of a whole batch whose contexts have the given length when timing starts, and grow.
 """
 
 from __future__ import annotations

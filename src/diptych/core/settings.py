@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diptych.core.errors import ConfigError
 from diptych.core.fleet import Epoch, Role, WorkerId
 
 
@@ -31,10 +32,18 @@ class CacheSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSettings:
-    """Bounds of one step (see policy.batching.BatchLimits)."""
+    """Bounds of one step (see policy.batching.BatchLimits).
+
+    Raises ConfigError unless sequences that decode leave room for a prompt in every step."""
 
     max_batch_tokens: int = 512
     max_sequences: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_sequences >= self.max_batch_tokens:
+            raise ConfigError(
+                f"--max-sequences {self.max_sequences} must be less than --max-batch-tokens {self.max_batch_tokens}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from diptych.core.errors import CheckpointError
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
 
@@ -16,6 +18,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         return local
+    if not HUB_ID.fullmatch(str(path)):
+        raise CheckpointError(f"{path} is no directory here, and no hub id (ORGANISATION/MODEL) either")
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

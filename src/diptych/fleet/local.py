@@ -100,7 +100,7 @@ class LocalFleet:
 
     def _give_up(self, worker_id: WorkerId, code: int) -> None:
         lines = self._log_path(worker_id).read_text(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else _how(code)
+        reason = lines[-1].removeprefix("diptych: ") if lines else _how(code)
         if not self.failed.done():
             self.failed.set_result(
                 ConfigError(f"worker {worker_id} did not start: {reason}", code="worker_start_failed")

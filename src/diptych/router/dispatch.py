@@ -142,9 +142,12 @@ class Router:
         try:
             hello = await self._hello(channel)
             older = self._fleet.admit(hello)
-        except (PeerError, TimeoutError, StopAsyncIteration) as error:
-            log.warning("a worker was refused: %s", error)
-            channel.send(messages.Refused(str(error)))
+        except StopAsyncIteration:
+            return None  # it ended before it was ready; its supervisor says why
+        except (PeerError, TimeoutError) as error:
+            reason = str(error) or f"it did not introduce itself within {HELLO_SECONDS:.0f} s"
+            log.warning("a worker was refused: %s", reason)
+            channel.send(messages.Refused(reason))
             channel.close()
             return None
         if older is not None:

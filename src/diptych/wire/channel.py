@@ -177,6 +177,8 @@ class Listener:
             except (PeerError, asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
                 self.refused += 1
                 log.warning("a connection to %s ended: %s", self.address, error)
+            except asyncio.CancelledError:  # by `close`; asyncio's own callback would log a traceback
+                return
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         side = handshake.ListenerSide(self._key)

@@ -32,6 +32,6 @@ def _packs(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
