@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
 from diptych.fleet.placement import place
 from diptych.front.app import create_app
+from diptych.front.server import bind
 from diptych.front.server import serve as http_serve
 from diptych.front.settings import FrontSettings
 from diptych.front.tokenizer import ByteTokenizer, Tokenizer
@@ -130,19 +132,20 @@ async def _serve(settings: ServeSettings) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stop.set)
     stopping = asyncio.create_task(stop.wait())
+    sock = bind(settings.http.host, settings.http.port)  # before the workers load: a port in use is known at once
     async with _fleet(settings) as fleet:
         await asyncio.wait({fleet.started, fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if fleet.failed.done():
             raise fleet.failed.result()
         if not stop.is_set():
-            async with _front(settings, fleet):
+            async with _front(settings, fleet, sock):
                 await asyncio.wait({fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
         fleet.screen.stopping()
     stopping.cancel()
 
 
 @contextlib.asynccontextmanager
-async def _front(settings: ServeSettings, fleet: _Fleet) -> AsyncIterator[None]:
+async def _front(settings: ServeSettings, fleet: _Fleet, sock: socket.socket) -> AsyncIterator[None]:
     """The HTTP server, announced on the screen."""
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
@@ -150,7 +153,7 @@ async def _front(settings: ServeSettings, fleet: _Fleet) -> AsyncIterator[None]:
     front = FrontSettings(served_model_names=names, api_keys=settings.http.api_keys)
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
-    async with http_serve(app, settings.http.host, settings.http.port) as server:
+    async with http_serve(app, sock) as server:
         fleet.screen.ready(server.url, names[0], fleet.router, example)
         yield
 

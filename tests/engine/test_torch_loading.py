@@ -155,7 +155,7 @@ def test_broken_files(directory: Path) -> None:
         TorchEngine.load(directory)
 
 
-def test_a_name_that_is_neither_directory_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_neither_directory_nor_hub_id() -> None:
     with pytest.raises(CheckpointError, match="no directory here"):
         TorchEngine.load("/no/such/directory")
 
@@ -214,8 +214,10 @@ def test_corrupt_kv_fails_its_request_alone_and_the_step_can_be_repeated() -> No
     assert healthy.request.sampling == GREEDY
 
 
-def test_closing_lets_the_memory_go() -> None:
+def test_a_closed_engine_touches_its_memory_no_more() -> None:
     harness = Harness("llama")
-    harness.step((harness.sequence([5, 6]), 2))
+    sequence = harness.sequence([5, 6])
+    harness.step((sequence, 2))
     harness.engine.close()
-    harness.memory.buffer.release()
+    with pytest.raises(ServingError):
+        harness.step((sequence, 1))

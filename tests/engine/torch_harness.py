@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import random
+import shutil
 import warnings
 from functools import cache
 from pathlib import Path
@@ -31,7 +33,9 @@ def checkpoint(family: str, **overrides: Any) -> Path:
 
 @cache
 def _directory() -> str:
-    return mkdtemp(prefix="diptych-test-")
+    directory = mkdtemp(prefix="diptych-test-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 @cache

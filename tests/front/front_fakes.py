@@ -20,7 +20,7 @@ from diptych.core.request import FinishReason, Request, SampledToken, TokenOutpu
 from diptych.core.timeline import Timeline
 from diptych.front.app import create_app
 from diptych.front.chat_template import ChatTemplate
-from diptych.front.server import serve
+from diptych.front.server import bind, serve
 from diptych.front.settings import FrontSettings
 from diptych.front.tokenizer import TextCodec, Tokenizer
 
@@ -39,7 +39,7 @@ class FakeStream:
         self.request = request
         self.route = Route("decode-0", "prefill-0", "local")
         self.num_cached_tokens = 0
-        self.timeline = Timeline(arrived=0.0)
+        self.timeline = Timeline(arrived=0.0, split=True)
         self.cancelled = asyncio.Event()
         self._dispatcher = dispatcher
         self._tokens = tokens
@@ -186,7 +186,7 @@ async def running_front(
     dispatcher: FakeDispatcher, codec: TextCodec | None = None, **settings: Any
 ) -> AsyncIterator[str]:
     """The URL of a real server on a port of its own."""
-    async with serve(front_app(dispatcher, codec, **settings), "127.0.0.1", 0, grace_seconds=1) as server:
+    async with serve(front_app(dispatcher, codec, **settings), bind("127.0.0.1", 0), grace_seconds=1) as server:
         yield server.url
 
 

@@ -10,7 +10,7 @@ from front_fakes import FakeDispatcher, front_app, running_front
 
 from diptych.core.errors import ConfigError
 from diptych.front import http_protocol
-from diptych.front.server import serve
+from diptych.front.server import bind, serve
 
 BODY = b'{"model": "tiny", "prompt": "a", "max_tokens": 2}'
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -125,10 +125,10 @@ def test_two_requests_on_one_connection() -> None:
 def test_port_in_use_names_the_flag() -> None:
     async def run() -> None:
         app = front_app(FakeDispatcher())
-        async with serve(app, "127.0.0.1", 0) as server:
+        async with serve(app, bind("127.0.0.1", 0)) as server:
             port = int(server.url.rpartition(":")[2])
             with pytest.raises(ConfigError, match=f"port {port} .*--port"):
-                async with serve(app, "127.0.0.1", port):
+                async with serve(app, bind("127.0.0.1", port)):
                     pass
 
     asyncio.run(run())
@@ -137,7 +137,7 @@ def test_port_in_use_names_the_flag() -> None:
 @pytest.mark.parametrize(("host", "port", "flag"), [("192.0.2.1", 0, "--host"), ("127.0.0.1", 70000, "--port")])
 def test_addresses_that_cannot_be_had(host: str, port: int, flag: str) -> None:
     async def run() -> None:
-        async with serve(front_app(FakeDispatcher()), host, port):
+        async with serve(front_app(FakeDispatcher()), bind(host, port)):
             pass
 
     with pytest.raises(ConfigError, match=flag):
@@ -149,7 +149,7 @@ def test_running_answers_get_their_grace() -> None:
         gate = asyncio.Event()
         dispatcher = FakeDispatcher(gates={1: gate})
         app = front_app(dispatcher)
-        async with serve(app, "127.0.0.1", 0, grace_seconds=10) as server:
+        async with serve(app, bind("127.0.0.1", 0), grace_seconds=10) as server:
             asking = asyncio.create_task(exchange(server.url, with_length(POST, BODY)))
             await dispatcher.submitted.wait()
             asyncio.get_running_loop().call_later(0.05, gate.set)
@@ -161,7 +161,7 @@ def test_running_answers_get_their_grace() -> None:
 def test_answers_that_outlive_the_grace_are_cancelled() -> None:
     async def run() -> None:
         dispatcher = FakeDispatcher(gates={1: asyncio.Event()})
-        async with serve(front_app(dispatcher), "127.0.0.1", 0, grace_seconds=0.05) as server:
+        async with serve(front_app(dispatcher), bind("127.0.0.1", 0), grace_seconds=0.05) as server:
             asking = asyncio.create_task(exchange(server.url, with_length(POST, BODY)))
             await dispatcher.submitted.wait()
         await dispatcher.streams[0].cancelled.wait()

@@ -142,6 +142,25 @@ async def whole_with_bytes(dispatcher: FakeDispatcher, body: dict[str, Any]) -> 
         return (await client.post("/v1/completions", json=body)).json()
 
 
+def test_choice_that_met_its_stop_string_is_stopped_while_others_run() -> None:
+    async def run() -> list[str]:
+        gate = asyncio.Event()
+        dispatcher = FakeDispatcher(
+            lambda r: b"ab!cdefg" if r.request_id.endswith(".0") else b"abcdefgh", gates={5: gate}
+        )
+        async with running_front(dispatcher, ByteTokenizer()) as url, httpx.AsyncClient(base_url=url) as client:
+            body = COMPLETION | {"n": 2, "stop": "!", "max_tokens": 8}
+            asking = asyncio.create_task(client.post("/v1/completions", json=body))
+            await dispatcher.submitted.wait()
+            async with asyncio.timeout(10):
+                await dispatcher.streams[0].cancelled.wait()
+            assert not dispatcher.streams[1].cancelled.is_set()
+            gate.set()
+            return [choice["text"] for choice in (await asking).json()["choices"]]
+
+    assert asyncio.run(run()) == ["ab", "abcdefgh"]
+
+
 def test_stop_token_has_no_text() -> None:
     body = COMPLETION | {"prompt": [1], "stop_token_ids": [99]}
     answer = asyncio.run(whole_with_bytes(FakeDispatcher(lambda request: list(b"abcd")), body))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from diptych.core.kv_layout import KVLayout
-from diptych.policy.resharding import plan_transfer
 from hypothesis import given
 from hypothesis import strategies as st
+
+from diptych.core.kv_layout import KVLayout
+from diptych.policy.resharding import plan_transfer
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="bfloat16", block_size=4)
 SIZE = LAYOUT.block_bytes
@@ -36,7 +37,9 @@ def test_every_byte_of_the_target_is_written_once_from_its_own_block(
     }
     for part in plan.layers:
         moved = [
-            (span.target_offset + byte, span.source_offset + byte) for span in part.ranges for byte in range(span.length)
+            (span.target_offset + byte, span.source_offset + byte)
+            for span in part.ranges
+            for byte in range(span.length)
         ]
         assert len(moved) == len(wanted)
         assert dict(moved) == wanted

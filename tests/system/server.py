@@ -143,8 +143,8 @@ def serving(*flags: str) -> Iterator[Server]:
         reader = threading.Thread(target=_read_screen, args=(server, started))
         reader.start()
         try:
-            assert started.wait(START_SECONDS), f"not up after {START_SECONDS:.0f} s: {server.screen}"
-            assert server.url, f"ended before it was up: {server.screen}"
+            assert started.wait(START_SECONDS), "\n".join(["not up in time", *server.screen])
+            assert server.url, "\n".join(["ended before it was up", *server.screen])
             yield server
             server.http.close()
         finally:

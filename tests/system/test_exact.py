@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from server import Completion, Server, is_idle, serving, soon
+
+from checkpoints import make_checkpoint
 
 NUM_PROMPTS = 50  # of each case
 IN_FLIGHT = 8
@@ -58,7 +59,7 @@ PREEMPTED = Case(
     max_tokens=48,
     in_flight=16,
 )
-FIFO = Case(
+EVICTED = Case(
     family="qwen3",
     transport="tcp",
     block_size=32,
@@ -76,9 +77,7 @@ def prompts_of(case: Case) -> list[list[int]]:
         lengths.append(int(case.longest ** chance.uniform(0.2, 1.0)))
     common = _tokens(chance, case.longest)
     shared = [chance.randrange(length) if index % 2 else 0 for index, length in enumerate(lengths)]
-    return [
-        common[:prefix] + _tokens(chance, length - prefix) for prefix, length in zip(shared, lengths, strict=True)
-    ]
+    return [common[:prefix] + _tokens(chance, length - prefix) for prefix, length in zip(shared, lengths, strict=True)]
 
 
 def _tokens(chance: random.Random, count: int) -> list[int]:
@@ -98,34 +97,49 @@ def by_transformers(checkpoint: Path, prompts: Sequence[list[int]], max_tokens: 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                pad_token_id=0,
             )
         answers.append(output[0, len(prompt) :].tolist())
     return answers
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What one route answered, and how often its workers preempted somebody meanwhile."""
+
+    greedy: list[Completion]
+    sampled: list[Completion]
+    preemptions: float
+
+
+def ask(case: Case, server: Server, prefer: str) -> Answers:
+    """All prompts by one route, and some of them sampled."""
+    prompts = prompts_of(case)
+    options: dict[str, Any] = {"in_flight": case.in_flight, "max_tokens": case.max_tokens}
+    before = server.metric("diptych_worker_preemptions")
+    greedy = server.complete_all(prompts, prefer, **options)
+    sampled = server.complete_all(prompts[::5], prefer, seed=11, **options, **SAMPLED)
+    soon(lambda: is_idle(server), "all blocks are given back")
+    return Answers(greedy, sampled, server.metric("diptych_worker_preemptions") - before)
+
+
+def check(case: Case, checkpoint: Path, split: Answers, local: Answers) -> None:
+    """Both routes were taken, and made no difference to each other or to `transformers`."""
+    pair = f"prefill=prefill-0;decode=decode-0;transport={case.transport}"
+    assert {answer.route for answer in split.greedy + split.sampled} == {pair}
+    assert {answer.route for answer in local.greedy + local.sampled} == {"local=decode-0"}
+    expected = by_transformers(checkpoint, prompts_of(case), case.max_tokens)
+    assert tokens(split.greedy) == expected
+    assert tokens(local.greedy) == expected
+    assert tokens(split.sampled) == tokens(local.sampled) != expected[::5]
+
+
 def tokens(completions: Sequence[Completion]) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
-
-
-def serve_and_compare(case: Case, server: Server, checkpoint: Path) -> dict[str, list[Completion]]:
-    """All prompts split and local, against `transformers`; some of them sampled, split against local."""
-    prompts = prompts_of(case)
-    answers: dict[str, list[Completion]] = {}
-    for prefer, route in (
-        ("split", f"prefill=prefill-0;decode=decode-0;transport={case.transport}"),
-        ("local", "local=decode-0"),
-    ):
-        options: dict[str, Any] = {"in_flight": case.in_flight, "max_tokens": case.max_tokens}
-        answers[prefer] = server.complete_all(prompts, prefer, **options)
-        answers[f"sampled {prefer}"] = server.complete_all(prompts[::5], prefer, seed=11, **options, **SAMPLED)
-        assert {answer.route for answer in answers[prefer] + answers[f"sampled {prefer}"]} == {route}
-    expected = by_transformers(checkpoint, prompts, case.max_tokens)
-    assert tokens(answers["split"]) == expected
-    assert tokens(answers["local"]) == expected
-    assert tokens(answers["sampled split"]) == tokens(answers["sampled local"]) != expected[::5]
-    soon(lambda: is_idle(server), "all blocks are given back")
-    return answers
 
 
 @pytest.fixture(scope="module")
@@ -141,32 +155,36 @@ def flags_of(case: Case, checkpoint: Path) -> tuple[str, ...]:
 def test_with_prefix_cache_hits(directory: Path) -> None:
     checkpoint = make_checkpoint(PREFIX_HITS.family, directory)
     with serving(*flags_of(PREFIX_HITS, checkpoint)) as server:
-        first = serve_and_compare(PREFIX_HITS, server, checkpoint)
-        prompts = prompts_of(PREFIX_HITS)
-        again = server.complete_all(prompts, "split", in_flight=IN_FLIGHT, max_tokens=PREFIX_HITS.max_tokens)
-    assert tokens(again) == tokens(first["split"])
+        split, local, again = (ask(PREFIX_HITS, server, prefer) for prefer in ("split", "local", "split"))
+    check(PREFIX_HITS, checkpoint, split, local)
+    check(PREFIX_HITS, checkpoint, again, local)
     size = PREFIX_HITS.block_size
-    assert [answer.cached_tokens for answer in again] == [(len(prompt) - 1) // size * size for prompt in prompts]
+    all_but_the_end = [(len(prompt) - 1) // size * size for prompt in prompts_of(PREFIX_HITS)]
+    assert [answer.cached_tokens for answer in local.greedy] == all_but_the_end  # from pages that crossed
+    assert [answer.cached_tokens for answer in again.greedy] == all_but_the_end
 
 
 def test_with_chunked_prefill(directory: Path) -> None:
     checkpoint = make_checkpoint(CHUNKED.family, directory)
     with serving(*flags_of(CHUNKED, checkpoint)) as server:
-        answers = serve_and_compare(CHUNKED, server, checkpoint)
-    assert not any(answer.cached_tokens for answer in answers["split"] + answers["local"])
+        split, local = (ask(CHUNKED, server, prefer) for prefer in ("split", "local"))
+    check(CHUNKED, checkpoint, split, local)
+    assert not any(answer.cached_tokens for answer in split.greedy + local.greedy)
 
 
 def test_with_preemption(directory: Path) -> None:
     checkpoint = make_checkpoint(PREEMPTED.family, directory)
     with serving(*flags_of(PREEMPTED, checkpoint)) as server:
-        serve_and_compare(PREEMPTED, server, checkpoint)
-        assert server.metric("diptych_worker_preemptions") > 0
+        split, local = (ask(PREEMPTED, server, prefer) for prefer in ("split", "local"))
+    check(PREEMPTED, checkpoint, split, local)
+    assert min(split.preemptions, local.preemptions) > 0
 
 
 def test_with_eviction(directory: Path) -> None:
-    checkpoint = make_checkpoint(FIFO.family, directory)
-    with serving(*flags_of(FIFO, checkpoint)) as server:
-        answers = serve_and_compare(FIFO, server, checkpoint)
-        cached = sum(worker["kv_blocks_cached"] for worker in server.fleet().values())
-        assert cached * FIFO.block_size < sum(map(len, prompts_of(FIFO)))
-    assert any(answer.cached_tokens for answer in answers["split"])
+    checkpoint = make_checkpoint(EVICTED.family, directory)
+    with serving(*flags_of(EVICTED, checkpoint)) as server:
+        split, local = (ask(EVICTED, server, prefer) for prefer in ("split", "local"))
+        cached_blocks = sum(worker["kv_blocks_cached"] for worker in server.fleet().values())
+    check(EVICTED, checkpoint, split, local)
+    assert cached_blocks * EVICTED.block_size < sum(map(len, prompts_of(EVICTED)))
+    assert any(answer.cached_tokens for answer in split.greedy)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
-from checkpoints import make_checkpoint
 from server import Server, is_idle, serving, soon
+
+from checkpoints import make_checkpoint
 
 KEY = "sk-of-the-tests"
 MESSAGES = [{"role": "user", "content": "Say something about herons, at some length."}]

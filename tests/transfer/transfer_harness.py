@@ -132,7 +132,7 @@ class ScriptedSource:
         self.connection.send(frames.Begin(claims.request_id, claims.nonce, claims.epoch))
         return self.connection.receive()
 
-    def pages(self, claims: TicketClaims, layer: int, **changes: Any) -> None:
+    def pages(self, claims: TicketClaims, layer: int, /, **changes: Any) -> None:
         """One layer's missing pages, taken from equally numbered blocks of the source; any field of the
         message may be changed. `payload` is what follows it."""
         wanted = claims.blocks[claims.first_block :]
@@ -153,7 +153,7 @@ class ScriptedSource:
         }
         self.connection.send(frames.Pages(**(fields | changes)), payload)
 
-    def close_handoff(self, claims: TicketClaims, **changes: Any) -> None:
+    def close_handoff(self, claims: TicketClaims, /, **changes: Any) -> None:
         fields = {"request_id": claims.request_id, "nonce": claims.nonce, "epoch": claims.epoch, "token": TOKEN}
         self.connection.send(frames.Close(**(fields | changes)))
 

@@ -29,17 +29,10 @@ class HttpServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(app: ASGIApp, host: str, port: int, grace_seconds: float = 5.0) -> AsyncIterator[HttpServer]:
-    """Serve `app` while the context lasts. Inside it the server accepts connections at `server.url`.
-
-    Args:
-        port: 0 chooses a free one.
-        grace_seconds: how long running answers may go on after the end of the context.
-
-    Raises:
-        ConfigError: host or port cannot be bound; the message names the flag to change.
-    """
-    sock = bind(host, port)
+async def serve(app: ASGIApp, sock: socket.socket, grace_seconds: float = 5.0) -> AsyncIterator[HttpServer]:
+    """Serve `app` on a socket from `bind` while the context lasts; inside it, connections are accepted at
+    `server.url`. Running answers may go on for `grace_seconds` after its end."""
+    host, port = sock.getsockname()[:2]
     config = uvicorn.Config(
         app,
         http=BoundedHttpProtocol,
@@ -55,7 +48,7 @@ async def serve(app: ASGIApp, host: str, port: int, grace_seconds: float = 5.0) 
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=grace_seconds,  # type: ignore[arg-type]
     )
-    server = HttpServer(config, f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
+    server = HttpServer(config, f"http://{f'[{host}]' if ':' in host else host}:{port}")
     await server.startup(sockets=[sock])
     try:
         yield server
@@ -64,15 +57,21 @@ async def serve(app: ASGIApp, host: str, port: int, grace_seconds: float = 5.0) 
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises ConfigError."""
+    """A TCP socket that is bound but does not listen yet (port 0 takes a free one).
+
+    Raises ConfigError, naming the flag to change, if host or port cannot be had."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port {port} is not in [0, 65535]; change --port")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        return sock
     except socket.gaierror as error:
+        sock.close()
         raise ConfigError(f"host {host!r} cannot be resolved ({error.strerror}); change --host") from error
     except OSError as error:
+        sock.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"port {port} on {host} is in use; choose another with --port") from error
         if error.errno == errno.EADDRNOTAVAIL:

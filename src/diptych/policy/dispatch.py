@@ -205,6 +205,8 @@ class RouterPolicy:
             return []
         if event.worker_id == live.route.prefill and live.handed_over:
             return []  # only the news that its pages were accepted got lost
+        if event.worker_id == live.route.decode and event.code == "handoff_abandoned":
+            return []  # the prefill worker had a reason (say, the first token was the last), and gives it itself
         return self._fail(event.request_id, ServingError(event.message, code=event.code), event.worker_id)
 
     def _worker_gone(self, worker_id: WorkerId) -> list[RouterAction]:

@@ -141,8 +141,24 @@ def target_side() -> Side[TargetState, TargetEvent]:
     return Side(TARGET_TABLE, TargetState.RESERVED)
 
 
+HEADER = """\
+# The hand-off, state by state
+
+Generated from `policy/handoff.py` by `make docs`; a test keeps the two equal.
+
+A hand-off has two sides, and each follows its own table. An event that a table does not list for the state it
+meets is late or a duplicate: it changes nothing and is counted. Blocks are free only after `release blocks`, and
+pages are visible to attention only in `decoding`.
+"""
+
+
+def document() -> str:
+    """What stands in docs/handoff.md (a test keeps that file equal to this)."""
+    return f"{HEADER}\n{diagram()}"
+
+
 def diagram() -> str:
-    """Both tables as Markdown, for docs/handoff.md (a test keeps that file equal to this)."""
+    """Both tables as Markdown."""
     return "\n".join(
         [
             *_table("Source side", SOURCE_TABLE, SOURCE_OWNERS),
@@ -159,3 +175,7 @@ def _table(title: str, table: dict[tuple[S, E], Transition[S]], owners: dict[S, 
         effects = ", ".join(transition.effects) or "-"
         lines.append(f"| {state} | {event} | {transition.state} | {effects} | {owners[state]} |")
     return lines
+
+
+if __name__ == "__main__":
+    print(document())

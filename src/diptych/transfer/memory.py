@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 from diptych.core.errors import ConfigError, TransferError
 from diptych.core.kv_layout import KVLayout, KVMemory
@@ -16,10 +17,21 @@ from diptych.core.kv_layout import KVLayout, KVMemory
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a mapping never loses its ground
 
 
+def available_memory() -> int:
+    """Bytes that this machine can still give without swapping (Linux: MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class SharedMemory:
     """Zeroed, page-aligned bytes with a descriptor. Close it after all views into it are gone."""
 
     def __init__(self, nbytes: int) -> None:
+        if nbytes > available_memory():  # the kernel would give more than there is, and then kill somebody
+            raise ConfigError(_too_much(nbytes, f"{available_memory() / 2**20:,.0f} MiB are available"))
         self.descriptor = os.memfd_create("diptych-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(self.descriptor, 0, nbytes)  # now, and not by SIGBUS at the first touch
@@ -27,9 +39,7 @@ class SharedMemory:
             self._map = mmap.mmap(self.descriptor, nbytes)
         except OSError as error:
             os.close(self.descriptor)
-            raise ConfigError(
-                f"{nbytes / 2**20:,.0f} MiB of KV memory cannot be had ({error.strerror}); lower --kv-cache-tokens"
-            ) from error
+            raise ConfigError(_too_much(nbytes, str(error.strerror))) from error
 
     @property
     def buffer(self) -> memoryview:
@@ -39,6 +49,10 @@ class SharedMemory:
         """Give the memory back. Raises BufferError while somebody still holds a view."""
         self._map.close()
         os.close(self.descriptor)
+
+
+def _too_much(nbytes: int, why: str) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB of KV memory cannot be had ({why}); lower --kv-cache-tokens"
 
 
 def map_memory(descriptor: int, layout: KVLayout, num_blocks: int) -> KVMemory:

@@ -104,9 +104,10 @@ class BlockingConnection(Generic[T]):
 
     def receive_descriptor(self) -> int:
         """Take a file descriptor, which the caller owns from now on. Raises ProtocolError if none came."""
-        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
         if len(descriptors) != 1:
             raise ProtocolError("expected a file descriptor")
+        os.set_inheritable(descriptors[0], False)  # recv_fds takes flags but does not pass MSG_CMSG_CLOEXEC on
         return int(descriptors[0])
 
     @property

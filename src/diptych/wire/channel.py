@@ -170,15 +170,22 @@ class Listener:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        with contextlib.closing(writer):
-            try:
-                await self._prove(reader, writer)
-                await self._on_channel(StreamChannel(reader, writer, self._expects))
-            except (PeerError, asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
-                self.refused += 1
-                log.warning("a connection to %s ended: %s", self.address, error)
-            except asyncio.CancelledError:  # by `close`; asyncio's own callback would log a traceback
-                return
+        try:
+            await self._serve(reader, writer)
+        except asyncio.CancelledError:  # by `close`; raised on, asyncio's own callback would log a traceback
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._prove(reader, writer)
+            await self._on_channel(StreamChannel(reader, writer, self._expects))
+        except (PeerError, asyncio.IncompleteReadError, OSError) as error:
+            self.refused += 1
+            log.warning("a connection to %s ended: %s", self.address, str(error) or "it said nothing")
+        finally:
+            writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         side = handshake.ListenerSide(self._key)

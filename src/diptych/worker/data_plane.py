@@ -65,9 +65,11 @@ class DataPlane:
         )
         self._receiver = KVReceiver(target, self._report)
         self._links: dict[WorkerId, tuple[Epoch, PushLink]] = {}
+        # KV in device memory is out of reach of these transports: such a worker serves un-split.
+        transports = settings.transports if settings.engine.device == "cpu" else ()
         self.endpoints = tuple(
             KVEndpoint(transport=transport, address=self._receiver.listen(_address(transport, settings)))
-            for transport in settings.transports
+            for transport in transports
         )
 
     def _report(self, event: WorkerEvent) -> None:

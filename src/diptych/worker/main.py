@@ -27,7 +27,7 @@ from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool, Eviction
 from diptych.policy.worker import WorkerPolicy
 from diptych.telemetry.journal import open_journal
-from diptych.transfer.memory import SharedMemory
+from diptych.transfer.memory import SharedMemory, available_memory
 from diptych.wire import messages
 from diptych.wire.channel import Channel, connect
 from diptych.wire.tickets import open_ticket
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 RouterChannel = Channel[messages.ToWorker]
 
-MEMORY_SHARE = 0.25  # of the machine's free memory, for the KV of one worker, unless told otherwise
+MEMORY_SHARE = 0.25  # of the machine's available memory, for the KV of one worker, unless told otherwise
 DEFAULT_REQUESTS = 16  # or what this many requests of full length need, if that is less
 
 
@@ -71,8 +71,8 @@ def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) ->
     """How many KV blocks to take. Raises ConfigError if not even one request of full length fits."""
     tokens = settings.cache.kv_tokens
     if tokens is None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        tokens = min(int(free * MEMORY_SHARE) // layout.token_bytes, DEFAULT_REQUESTS * max_model_len)
+        share = int(available_memory() * MEMORY_SHARE)
+        tokens = min(share // layout.token_bytes, DEFAULT_REQUESTS * max_model_len)
     if tokens < max_model_len:
         raise ConfigError(
             f"{tokens} tokens of KV cache cannot hold one request of {max_model_len} tokens; "

@@ -21,6 +21,8 @@ OnProgress = Callable[[int, int], None]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_OTHER_FORMATS = ["consolidated*", "original/*"]
 _SAMPLES_PER_TENSOR = 64
 
 
@@ -59,7 +61,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        return Path(snapshot_download(str(path), allow_patterns=_WANTED_FILES, ignore_patterns=_OTHER_FORMATS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{path} is no directory here, and the hub does not give it: {error}") from error
 
