@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch_harness import GREEDY, Harness, checkpoint, expected_tokens, random_prompt
 
-from diptych.core.errors import CheckpointError, ConfigError, ServingError
+from diptych.core.errors import CheckpointError, ConfigError, EngineCorrupt, ServingError
 from diptych.core.sequence import Batch, ScheduledSequence
 from diptych.engine.torch_engine.config import parse_config
 from diptych.engine.torch_engine.runner import TorchEngine
-from diptych.engine.torch_engine.sampler import EngineCorrupt
 
 EditWeights = Callable[[dict[str, torch.Tensor]], Any]
 

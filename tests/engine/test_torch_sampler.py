@@ -18,10 +18,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from diptych.core.errors import ServingError
+from diptych.core.errors import EngineCorrupt, ServingError
 from diptych.core.request import Request, SamplingParams
 from diptych.core.sequence import Sequence
-from diptych.engine.torch_engine.sampler import EngineCorrupt, Sampler, uniform
+from diptych.engine.torch_engine.sampler import Sampler, uniform
 
 EOS = 1
 VOCAB = 37

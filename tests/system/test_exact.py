@@ -157,7 +157,7 @@ def test_with_prefix_cache_hits(directory: Path) -> None:
     with serving(*flags_of(PREFIX_HITS, checkpoint)) as server:
         split, local, again = (ask(PREFIX_HITS, server, prefer) for prefer in ("split", "local", "split"))
     check(PREFIX_HITS, checkpoint, split, local)
-    check(PREFIX_HITS, checkpoint, again, local)
+    assert tokens(again.greedy) == tokens(split.greedy)
     size = PREFIX_HITS.block_size
     all_but_the_end = [(len(prompt) - 1) // size * size for prompt in prompts_of(PREFIX_HITS)]
     assert [answer.cached_tokens for answer in local.greedy] == all_but_the_end  # from pages that crossed

@@ -95,10 +95,10 @@ def test_the_listeners_own_proof_sent_back_is_no_proof() -> None:
 
 def test_a_listener_without_the_key_is_refused() -> None:
     async def imposter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readexactly(handshake.OPENING_BYTES)
-        writer.write(b"z" * handshake.REPLY_BYTES)
-        await reader.read()
-        writer.close()
+        with contextlib.closing(writer):
+            await reader.readexactly(handshake.OPENING_BYTES)
+            writer.write(b"z" * handshake.REPLY_BYTES)
+            await reader.read()
 
     async def run() -> None:
         server = await asyncio.start_server(imposter, "127.0.0.1", 0)

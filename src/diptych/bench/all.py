@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from diptych.bench.server import ServerError, System
 from diptych.bench.serving import SPLIT, UNSPLIT_PAIR, LoadPlan, measure_serving
 
 T = TypeVar("T")
+
+TERMINATED = 128 + signal.SIGTERM  # as a shell reports it
 
 # Before torch is loaded anywhere: threads that wait must sleep.
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
@@ -117,6 +120,7 @@ def measure(names: list[str], run: Run, command: str) -> Fields:
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # an orderly end, which ends the servers too
     command = " ".join(["python -m diptych.bench.all", *(sys.argv[1:] if arguments is None else arguments)])
     with tempfile.TemporaryDirectory(prefix="diptych-bench-") as directory:
         _python("-m", "diptych.bench.checkpoint", directory)

@@ -85,6 +85,16 @@ class ServingError(DiptychError):
     status = 500
 
 
+class EngineCorrupt(ServingError):
+    """Logits of `request_ids` are not finite. The step may be run again without them; other rows are unharmed."""
+
+    code = "engine_corrupt"
+
+    def __init__(self, request_ids: tuple[str, ...]) -> None:
+        super().__init__(f"the model's output is not finite for {', '.join(request_ids)}")
+        self.request_ids = request_ids
+
+
 class ConfigError(DiptychError):
     """A flag, file or environment that the operator has to change."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from diptych.core.actions import RunStep
-from diptych.core.errors import DiptychError
+from diptych.core.errors import DiptychError, EngineCorrupt
 from diptych.core.events import StepFailed, StepFinished
 from diptych.core.ports import Engine
 
@@ -56,8 +56,10 @@ class StepRunner:
         began = time.perf_counter()
         try:
             samples = self._engine.step(step.batch, on_layer)
+        except EngineCorrupt as error:
+            return StepFailed(error.code, error.message, error.request_ids)
         except DiptychError as error:
-            return StepFailed(error.code, error.message, getattr(error, "request_ids", ()))
+            return StepFailed(error.code, error.message)
         except Exception as error:  # the edge of the process: whatever an engine raises ends requests, not the worker
             return StepFailed("engine_failed", f"{type(error).__name__}: {error}")
         return StepFinished(tuple(samples), time.perf_counter() - began)

@@ -14,23 +14,13 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
-from diptych.core.errors import ServingError
+from diptych.core.errors import EngineCorrupt
 from diptych.core.request import SampledToken, SamplingParams
 from diptych.core.sequence import Sequence
 from diptych.engine.torch_engine.penalties import PenaltyCounts, needs_counts
 
 # How many candidates top-p looks at before it falls back to sorting the whole vocabulary.
 TOP_P_CANDIDATES = 1024
-
-
-class EngineCorrupt(ServingError):
-    """Logits of `request_ids` are not finite. The step may be run again without them; other rows are unharmed."""
-
-    code = "engine_corrupt"
-
-    def __init__(self, request_ids: tuple[str, ...]) -> None:
-        super().__init__(f"the model's output is not finite for {', '.join(request_ids)}")
-        self.request_ids = request_ids
 
 
 def uniform(seed: int, index: int) -> float:
