@@ -20,7 +20,7 @@ from diptych.engine.scripted import expected_tokens
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CONTEXT = 4096
 PROMPT = list(b"a long story")
-STORY_TOKENS = CONTEXT - len(PROMPT)
+STORY_TOKENS = 2000  # takes the scripted engine longer than all the rest of this test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ CASES: dict[str, list[Case]] = {
         malformed(b'{"model": "scripted", "prompt": "a", "temperature": 1e400}'),
         Case(body=b'{"model": "scripted", "prompt": "a", "seed": 1%b}' % (b"0" * 400), param="seed"),
         Case(body={f"key {i}": i for i in range(100_000)}, code="too_many_fields"),
-        Case(body={f"key {i}": i for i in range(1_000_000)}, status=413, code="request_too_large"),
+        malformed(b"[" * 5_000_000, status=413, code="request_too_large"),
     ],
     "max_tokens": [
         *[completion("max_tokens", max_tokens=value) for value in (-1, 0, 1.5, "7")],

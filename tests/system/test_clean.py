@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 from server import SCRIPTED, Server, is_idle, prefer_header, serving, soon
 
 from diptych.core.blocks import blocks_for
@@ -146,8 +147,13 @@ async def carry_out_all(server: Server) -> Counter[str]:
     return ends
 
 
-def test_nothing_is_left_of_clients_that_left() -> None:
-    with serving(*SCRIPTED, "--block-size", str(BLOCK_SIZE)) as server:
+@pytest.mark.parametrize(
+    "flags",
+    [("--transport", "shm"), ("--transport", "tcp", "--max-model-len", "1024", "--kv-cache-tokens", "1024")],
+    ids=["with room for all", "with little room"],
+)
+def test_nothing_is_left_of_clients_that_left(flags: tuple[str, ...]) -> None:
+    with serving(*SCRIPTED, "--block-size", str(BLOCK_SIZE), *flags) as server:
         ends = asyncio.run(carry_out_all(server))
         assert ends.total() == NUM_VISITS
         assert min(ends[end] for end in ("answered", "left", "refused")) > NUM_VISITS // 20

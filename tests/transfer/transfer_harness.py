@@ -32,9 +32,9 @@ TOKEN = SampledToken(42, -0.5, ((42, -0.5),))
 TRANSPORTS = ("shm", "tcp")
 
 
-def random_memory(seed: int) -> KVMemory:
-    size = LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes
-    return KVMemory(LAYOUT, NUM_BLOCKS, memoryview(bytearray(random.Random(seed).randbytes(size))))
+def random_memory(seed: int, layout: KVLayout = LAYOUT) -> KVMemory:
+    size = layout.num_layers * NUM_BLOCKS * layout.block_bytes
+    return KVMemory(layout, NUM_BLOCKS, memoryview(bytearray(random.Random(seed).randbytes(size))))
 
 
 def claims_for(request_id: str, blocks: tuple[int, ...], first_block: int = 0, epoch: int = EPOCH) -> TicketClaims:
@@ -94,19 +94,21 @@ class World:
         link.close_handoff(claims.request_id, claims, TOKEN)
 
     def block(self, memory: KVMemory, layer: int, block: int) -> bytes:
-        size = LAYOUT.block_bytes
+        size = memory.layout.block_bytes
         return bytes(memory.layer(layer)[block * size : (block + 1) * size])
 
 
 @contextlib.contextmanager
-def world(transport: str, directory: Path, seed: int = 0) -> Iterator[World]:
-    segment = SharedMemory(LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes)
-    target = KVMemory(LAYOUT, NUM_BLOCKS, segment.buffer)
+def world(transport: str, directory: Path, seed: int = 0, layout: KVLayout = LAYOUT) -> Iterator[World]:
+    segment = SharedMemory(layout.num_layers * NUM_BLOCKS * layout.block_bytes)
+    target = KVMemory(layout, NUM_BLOCKS, segment.buffer)
     at_target = Inbox()
     about = Target(key=KEY, epoch=EPOCH, memory=target, model_digest="model", descriptor=segment.descriptor)
     receiver = KVReceiver(about, at_target.put)
     address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else "tcp:127.0.0.1:0")
-    made = World(KVEndpoint(transport=transport, address=address), random_memory(seed), target, receiver, at_target)
+    made = World(
+        KVEndpoint(transport=transport, address=address), random_memory(seed, layout), target, receiver, at_target
+    )
     try:
         yield made
     finally:

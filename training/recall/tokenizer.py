@@ -1,6 +1,5 @@
 """Builds the byte-level BPE tokenizer: any text round-trips, and each name is one token."""
 
-
 from data import NAMES
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,7 @@
 """Trains the recall model from nothing and writes a Hugging Face checkpoint folder.
 
-The list of codes grows as the model learns: a long list from the start leaves it copying an arbitrary
-code, while on two to four names it finds within minutes how to look a name up.
+It starts on repetitions of random names and on lists of up to four codes. The repetitions stop, and the
+lists grow, each time the model gets nearly all of them right.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def prepare_weights(model: LlamaForCausalLM) -> None:
     """Start the first layer's head h attending h + 1 tokens back, and keep tokens visible behind it.
 
-    Looking a name up takes two steps that are of no use alone: mark each token with those before it, then
-    find the mark. Found by chance together they cost most of the training, so the first one is given.
+    Looking a name up takes two steps, neither of use without the other: mark each token with those before
+    it, then find the mark. The first one is given, so that training has only the second to find.
     """
     config = model.config
     for layer in model.model.layers:

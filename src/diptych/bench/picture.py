@@ -13,7 +13,7 @@ from diptych.bench.server import System
 CALM, DISTURBED, SHADE, INK = "#2f6f9f", "#c8502b", "#f6e7df", "#333333"
 SIZE_INCHES = (9.0, 3.9)
 DPI = 150
-SMALLEST_MS = 0.1  # tokens that arrive together are drawn here
+SMALLEST_MS = 1.0  # shorter gaps, as of tokens that arrive together, are drawn here
 
 
 def draw_interference(trials: Sequence[Trial], plan: InterferencePlan, path: Path) -> None:
