@@ -43,7 +43,10 @@ KEY_BYTES = 32
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
 BUILTIN_NAME = "recall"
-BUILTIN_EXAMPLE = "heron 471 . maple 902 . ? heron"
+BUILTIN_EXAMPLE = (
+    "Codes: heron 471, maple 902, birch 118, comet 350, otter 267, violin 684, lantern 519, granite 736. "
+    "What is the code of otter?"
+)
 PLAIN_EXAMPLE = "Why is the sky blue?"
 
 

@@ -60,7 +60,7 @@ class Screen:
         for role in Role:
             pool = [worker for worker in workers if worker.role is role]
             if pool:
-                print_(f"  {role:<8} {_pool(pool, longest)}", highlight=False)
+                print_(f"  {role:<8} {_pool(pool, longest)}", highlight=False, soft_wrap=True)
         print_(f"\n  Try it:\n\n{_curl(url, name, example)}\n", highlight=False, markup=False, soft_wrap=True)
         print_("  Ctrl-C ends everything.\n", highlight=False)
 
@@ -80,6 +80,7 @@ def _pool(pool: list[WorkerView], longest: int) -> str:
 
 
 def _curl(url: str, name: str, example: str) -> str:
-    body = {"model": name, "messages": [{"role": "user", "content": example}], "max_tokens": EXAMPLE_TOKENS}
+    messages = [{"role": "user", "content": example}]
+    body = {"model": name, "messages": messages, "max_tokens": EXAMPLE_TOKENS, "temperature": 0}
     quoted = json.dumps(body).replace("'", "'\\''")
     return f"  curl -i {url}/v1/chat/completions -H 'content-type: application/json' -d '{quoted}'"

@@ -138,6 +138,8 @@ def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
         assert made.events.next() == PushAccepted("r1")
         target.say(frames.Accepted("r1", claims.nonce))  # twice
         target.say(frames.PushWelcome(1))  # out of turn
+        target.say(frames.Cancel("unknown", b"nonce"))
+        assert target.next() == frames.Stopped("unknown", b"nonce")  # so all of the above has been heard
         made.abandon(claims)  # too late to matter
         assert made.events.next() == PushStopped("r1")
         target.hears_nothing()

@@ -48,7 +48,7 @@ def claims_for(request_id: str, blocks: tuple[int, ...], first_block: int = 0, e
         layout_digest=LAYOUT.digest,
         model_digest="model",
         salt="",
-        nonce=random.randbytes(16),
+        nonce=os.urandom(16),
     )
 
 
@@ -106,9 +106,8 @@ def world(transport: str, directory: Path, seed: int = 0, layout: KVLayout = LAY
     about = Target(key=KEY, epoch=EPOCH, memory=target, model_digest="model", descriptor=segment.descriptor)
     receiver = KVReceiver(about, at_target.put)
     address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else "tcp:127.0.0.1:0")
-    made = World(
-        KVEndpoint(transport=transport, address=address), random_memory(seed, layout), target, receiver, at_target
-    )
+    endpoint = KVEndpoint(transport=transport, address=address)
+    made = World(endpoint, random_memory(seed, layout), target, receiver, at_target)
     try:
         yield made
     finally:
