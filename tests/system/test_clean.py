@@ -21,8 +21,15 @@ from diptych.engine.scripted import expected_tokens
 NUM_VISITS = 500
 IN_FLIGHT = 32
 BLOCK_SIZE = 16
+LONGEST_PROMPT = 400
 STAYS = "stays"
-LEAVES = ("while it sends", "before headers", "after headers", "in mid-stream", "after the last token")
+LEAVES = SENDING, BEFORE, AFTER, MIDST, LAST = (
+    "while it sends",
+    "before headers",
+    "after headers",
+    "in mid-stream",
+    "after the last token",
+)
 INVALID: tuple[dict[str, Any], ...] = ({"max_tokens": -1}, {"temperature": 9}, {"model": "other"}, {"prompt": []})
 
 
@@ -39,20 +46,22 @@ class Visit:
     events: int
 
 
-def visits() -> list[Visit]:
+def visits(context: int) -> list[Visit]:
+    """Those who leave early want so many tokens that it shows if their requests go on without them."""
     chance = random.Random(20)
-    return [_visit(chance) for _ in range(NUM_VISITS)]
+    return [_visit(chance, context) for _ in range(NUM_VISITS)]
 
 
-def _visit(chance: random.Random) -> Visit:
-    prompt = [chance.randrange(32, 127) for _ in range(int(600 ** chance.random()))]
-    chat = chance.random() < 0.3
+def _visit(chance: random.Random, context: int) -> Visit:
+    prompt = [chance.randrange(32, 127) for _ in range(int(LONGEST_PROMPT ** chance.random()))]
+    chat, stream = chance.random() < 0.3, chance.random() < 0.6
+    leaves = chance.choice((STAYS, *LEAVES) if stream else (STAYS, *LEAVES[:2]))
     body: dict[str, Any] = {
         "model": "scripted",
-        "max_tokens": chance.randrange(1, 60),
+        "max_tokens": chance.randrange(1, 60) if leaves in (STAYS, LAST) else context - 2 * LONGEST_PROMPT,
         "temperature": chance.choice((0, 1)),
         "seed": chance.randrange(2**32),
-        "stream": chance.random() < 0.6,
+        "stream": stream,
         "return_token_ids": True,
     }
     body |= {"messages": [{"role": "user", "content": bytes(prompt).decode()}]} if chat else {"prompt": prompt}
@@ -63,7 +72,7 @@ def _visit(chance: random.Random) -> Visit:
         path="/v1/chat/completions" if chat else "/v1/completions",
         body=body,
         prefer=chance.choice((None, "split", "local")),
-        leaves=chance.choice((STAYS, *LEAVES)) if body["stream"] else chance.choice((STAYS, *LEAVES[:2])),
+        leaves=leaves,
         valid=valid,
         wait=chance.choice((0.0, 0.3)) * chance.random(),
         events=chance.randrange(1, 20),
@@ -73,8 +82,8 @@ def _visit(chance: random.Random) -> Visit:
 async def carry_out(client: httpx.AsyncClient, visit: Visit) -> str:
     """Returns how it ended: refused, answered, or left."""
     try:
-        async with asyncio.timeout(visit.wait if visit.leaves == "before headers" else None):
-            content = _half(visit.body) if visit.leaves == "while it sends" else json.dumps(visit.body).encode()
+        async with asyncio.timeout(visit.wait if visit.leaves == BEFORE else None):
+            content = _half(visit.body) if visit.leaves == SENDING else json.dumps(visit.body).encode()
             headers = {"content-type": "application/json"} | prefer_header(visit.prefer)
             request = client.build_request("POST", visit.path, content=content, headers=headers)
             response = await client.send(request, stream=True)
@@ -85,7 +94,7 @@ async def carry_out(client: httpx.AsyncClient, visit: Visit) -> str:
             assert response.status_code in (400, 404)
             return "refused"
         assert response.status_code == 200, await response.aread()
-        if visit.leaves == "after headers":
+        if visit.leaves in (BEFORE, AFTER):
             return "left"
         answer = await _read(response, visit)
     finally:
@@ -109,13 +118,13 @@ async def _read(response: httpx.Response, visit: Visit) -> list[int] | None:
     token_ids: list[int] = []
     events = 0
     async for line in response.aiter_lines():
-        if line == "data: [DONE]" and visit.leaves == "after the last token":
+        if line == "data: [DONE]" and visit.leaves == LAST:
             break
         if line.startswith("data: {"):
             for choice in json.loads(line.removeprefix("data: "))["choices"]:
                 token_ids += choice["token_ids"]
             events += 1
-            if visit.leaves == "in mid-stream" and events == visit.events:
+            if visit.leaves == MIDST and events == visit.events:
                 return None
     return token_ids
 
@@ -129,9 +138,9 @@ def expected(visit: Visit) -> list[int]:
     return expected_tokens(prompt, visit.body["max_tokens"], sampling)
 
 
-async def carry_out_all(server: Server) -> Counter[str]:
+async def carry_out_all(server: Server, context: int) -> Counter[str]:
     ends: Counter[str] = Counter()
-    waiting = iter(visits())
+    waiting = iter(visits(context))
 
     async def one_after_another(client: httpx.AsyncClient) -> None:
         for visit in waiting:
@@ -148,13 +157,14 @@ async def carry_out_all(server: Server) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [("--transport", "shm"), ("--transport", "tcp", "--max-model-len", "1024", "--kv-cache-tokens", "1024")],
-    ids=["with room for all", "with little room"],
+    ("transport", "context", "kv_tokens"),
+    [("shm", 4096, 65536), ("tcp", 1024, 1024)],
+    ids=["with room for all", "with room for one"],
 )
-def test_nothing_is_left_of_clients_that_left(flags: tuple[str, ...]) -> None:
-    with serving(*SCRIPTED, "--block-size", str(BLOCK_SIZE), *flags) as server:
-        ends = asyncio.run(carry_out_all(server))
+def test_nothing_is_left_of_clients_that_left(transport: str, context: int, kv_tokens: int) -> None:
+    limits = ("--max-model-len", str(context), "--kv-cache-tokens", str(kv_tokens), "--block-size", str(BLOCK_SIZE))
+    with serving(*SCRIPTED, "--transport", transport, *limits) as server:
+        ends = asyncio.run(carry_out_all(server, context))
         assert ends.total() == NUM_VISITS
         assert min(ends[end] for end in ("answered", "left", "refused")) > NUM_VISITS // 20
         soon(lambda: is_idle(server), "all blocks are given back")

@@ -39,6 +39,7 @@ def check_recovery(server: Server, worker_id: str, old_epoch: int) -> None:
         return worker["state"] == "ready" and worker["epoch"] == old_epoch + 1
 
     soon(is_back, f"{worker_id} comes back")
+    assert any(f"worker {worker_id} ended (signal SIGKILL)" in line for line in server.screen)
     soon(lambda: is_idle(server), "all blocks are given back")
     assert server.http.get("/ready").status_code == 200
     for prefer in ("split", "local"):
@@ -73,6 +74,18 @@ def test_death_of_the_prefill_worker_ends_what_it_prefills_and_nothing_else(serv
     assert handed_over.done
     assert token_ids == expected_tokens(PROMPT, 400)
     check_recovery(server, "prefill-0", epoch)
+
+
+def test_a_worker_that_hangs_is_replaced(server: Server) -> None:
+    worker = server.fleet()["decode-0"]
+    with server.stream(PROMPT, "split", max_tokens=2000) as stream:
+        next(stream.token_ids)
+        os.kill(worker["pid"], signal.SIGSTOP)
+        for _ in stream.token_ids:
+            pass
+    assert stream.error is not None
+    assert stream.error["code"] == "worker_lost"
+    check_recovery(server, "decode-0", worker["epoch"])
 
 
 def test_local_requests_are_served_while_there_is_no_prefill_worker(server: Server) -> None:

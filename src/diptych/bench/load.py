@@ -140,7 +140,7 @@ class LoadClient:
                 exchange = Exchange(request, clock())
                 exchanges.append(exchange)
                 await self.send(exchange)
-                if outcome_of(exchange).failure is not None:
+                if not _ended_well(exchange):
                     return
 
         tasks = [asyncio.create_task(keep_running(request)) for request in requests]
@@ -192,6 +192,12 @@ def outcome_of(exchange: Exchange) -> Outcome:
 def parse_server_timing(header: str) -> dict[str, float]:
     """Milliseconds by name, from a Server-Timing header (W3C): `queue;dur=1.5, prefill;dur=240`."""
     return {name: float(value) for name, value in re.findall(r"([\w-]+);dur=([\d.]+)", header)}
+
+
+def _ended_well(exchange: Exchange) -> bool:
+    """Whether the stream has its `[DONE]`: judged by its last bytes, since parsing would hold up the others."""
+    last = b"".join(piece for _, piece in exchange.pieces[-2:])
+    return exchange.failure is None and last.endswith(DATA + DONE + EVENT_END)
 
 
 def _failure(exchange: Exchange, content: StreamContent) -> str | None:

@@ -6,6 +6,7 @@ weights     safetensors -> ModelWeights
 model       the decoder; knows nothing of paging or batching
 rope        rotary embeddings and their scalings
 plan        batch -> index tensors of one step
+dense_view  contexts of decoding sequences, kept in one piece from step to step
 attention   the one attention entry
 kv_cache    blocks as tensors
 sampler     logits -> tokens

@@ -37,15 +37,18 @@ class PagedAttention:
         queries = queries.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
         attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
         for group in self._plan.decodes:
-            attended[group.tokens] = self._decode(layer, group, queries[group.tokens])
+            some = group.tokens
+            attended[some] = self._decode(layer, group, queries[some], (keys[some], values[some]))
         for chunk in self._plan.prefills:
             self._prefill(layer, chunk, queries[chunk.tokens], attended[chunk.tokens])
         return attended.view(num_tokens, num_heads * head_dim)
 
-    def _decode(self, layer: int, group: DecodeGroup, queries: Tensor) -> Tensor:
-        """One token per sequence: queries [N, num_kv_heads, group, head_dim], and the same back."""
-        keys, values = self._cache.gather(layer, group.gather, len(queries), group.unused_rows)
-        scores = self._scores(queries.flatten(0, 1), keys)
+    def _decode(self, layer: int, group: DecodeGroup, queries: Tensor, new: tuple[Tensor, Tensor]) -> Tensor:
+        """One token per sequence: queries [N, num_kv_heads, group, head_dim], and the same back. Their own
+        keys and values are `new`."""
+        keys, values = group.contexts.load(self._cache, layer, *new)
+        # Keys come first: as the second factor they would be transposed, at three times the cost of the product.
+        scores = self._scores(keys, queries.flatten(0, 1)).transpose(1, 2).contiguous()
         if group.unused is not None:
             scores.view(len(queries), -1, scores.shape[-1]).masked_fill_(group.unused, -torch.inf)
         return torch.matmul(scores.softmax(dim=-1), values).view(queries.shape)
@@ -68,10 +71,10 @@ class PagedAttention:
             result = torch.matmul(scores.softmax(dim=-1), values[:, :visible])
             attended[first : first + QUERY_CHUNK] = result.view(num_kv_heads, group, -1, head_dim).permute(2, 0, 1, 3)
 
-    def _scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Scaled products [heads, rows, slots] of queries [heads, rows, dim] and keys [heads, slots, dim]."""
-        ignored = queries.new_empty(1, 1, 1)
-        return torch.baddbmm(ignored, queries, keys.transpose(1, 2), beta=0, alpha=self._scale)
+    def _scores(self, first: Tensor, second: Tensor) -> Tensor:
+        """Scaled products [heads, M, N] of queries and keys, [heads, M, dim] and [heads, N, dim], in either order."""
+        ignored = first.new_empty(1, 1, 1)
+        return torch.baddbmm(ignored, first, second.transpose(1, 2), beta=0, alpha=self._scale)
 
 
 def _future(size: int, like: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """One step's batch as index tensors, built once and used by every layer.
 
-Tokens of all rows are packed without padding: first the decodes, longest context first, then the
-prefill chunks. Decodes attend in groups of similar context, small enough that a group's keys and
-values stay in the processor's cache.
+Tokens of all rows are packed without padding: first the decodes, then the prefill chunks. Decodes attend
+in groups of similar context: those with slots in the dense view by buffer, in the order of their slots;
+the others, for which there is no memory, longest first, in groups so small that the keys and values that
+each gathers stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -10,33 +11,59 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.core.blocks import blocks_for
 from diptych.core.kv_layout import KVLayout
 from diptych.core.sequence import Batch, ScheduledSequence
-from diptych.engine.torch_engine.kv_cache import Indices, block_rows, token_rows
+from diptych.engine.torch_engine.dense_view import DenseContexts, DenseView
+from diptych.engine.torch_engine.kv_cache import Indices, KVCache, block_rows, token_rows
 
 # One group's gathered keys and values. Measured with 1 MiB of L2 and 32 MiB of L3: 4 to 6 MiB are equally
 # good; at 0.5 MiB the calls, and at 32 MiB the cache misses, cost a fifth more.
 GROUP_BYTES = 4 << 20
 
 
+class Contexts(Protocol):
+    """Where the keys and values of N decoding sequences come from."""
+
+    def load(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, each [N * num_kv_heads, slots, head_dim], zero-valued past each context.
+
+        `keys` and `values` [N, num_kv_heads, head_dim] are those of this step, which the cache has by now.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredContexts:
+    """Contexts fetched from their blocks in every step. `unused_rows` numbers the token rows past each
+    context; None if there is none."""
+
+    num_sequences: int
+    gather: Tensor
+    unused_rows: Tensor | None
+
+    def load(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Contexts`."""
+        return cache.gather(layer, self.gather, self.num_sequences, self.unused_rows)
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """Decodes that attend together, padded to the blocks of the longest.
 
-    `unused` marks the slots past each context, bool [N, 1, slots]; `unused_rows` numbers them as token
-    rows of the gathered keys and values. Both are None if every slot is in use.
+    `unused` marks the slots past each context, bool [N, 1, slots]; None if every slot is in use.
     """
 
     tokens: slice  # of the packed batch
-    gather: Tensor
+    contexts: Contexts
     unused: Tensor | None
-    unused_rows: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +88,16 @@ class StepPlan:
     sampling: tuple[int, ...]
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillChunk, ...]
+    dense: tuple[DenseContexts, ...]  # of the decodes, those to keep when the step is done
 
 
-def plan_step(batch: Batch, layout: KVLayout, device: torch.device) -> StepPlan:
+def plan_step(batch: Batch, layout: KVLayout, view: DenseView, device: torch.device) -> StepPlan:
     """Lay out a batch. Rows must be non-empty and their block tables long enough."""
-    rows = batch.rows
-    decodes = [index for index, row in enumerate(rows) if row.num_tokens == 1]
-    decodes.sort(key=lambda index: -rows[index].end)
-    order = decodes + [index for index, row in enumerate(rows) if row.num_tokens > 1]
-    packed = [rows[index] for index in order]
+    dense, homeless = view.place([row for row in batch.rows if row.num_tokens == 1])
+    homeless.sort(key=lambda row: -row.end)
+    decodes = [*chain.from_iterable(contexts.rows for contexts in dense), *homeless]
+    packed = decodes + [row for row in batch.rows if row.num_tokens > 1]
+    indices = {row.sequence: index for index, row in enumerate(batch.rows)}
     ends = np.cumsum([row.num_tokens for row in packed])
     sampled = [place for place, row in enumerate(packed) if row.samples]
     positions = np.concatenate([np.arange(row.start, row.end) for row in packed])
@@ -86,11 +114,10 @@ def plan_step(batch: Batch, layout: KVLayout, device: torch.device) -> StepPlan:
         positions=on_device(positions),
         writes=on_device(token_rows(layout, _blocks(packed, layout), positions % layout.block_size)),
         outputs=on_device(ends[sampled] - 1),
-        sampling=tuple(order[place] for place in sampled),
-        decodes=tuple(
-            _decode_group(packed[group], group, layout, device) for group in _groups(packed[: len(decodes)], layout)
-        ),
+        sampling=tuple(indices[packed[place].sequence] for place in sampled),
+        decodes=(*_dense_groups(dense, device), *_gathered_groups(decodes, len(homeless), layout, device)),
         prefills=tuple(map(chunk, packed[len(decodes) :], ends[len(decodes) :].tolist())),
+        dense=tuple(dense),
     )
 
 
@@ -115,32 +142,49 @@ def _table(row: ScheduledSequence, layout: KVLayout) -> Indices:
     return np.array([row.sequence.block_table[: blocks_for(row.end, layout.block_size)]], dtype=np.int64)
 
 
-def _groups(decodes: list[ScheduledSequence], layout: KVLayout) -> Iterator[slice]:
-    """Cut decodes, sorted by falling context, so that padding stays under half of each group."""
+def _dense_groups(dense: list[DenseContexts], device: torch.device) -> Iterator[DecodeGroup]:
     first = 0
+    for contexts in dense:
+        tokens = slice(first, first + len(contexts.rows))
+        unused = _unused(contexts.rows, contexts.num_slots)
+        yield DecodeGroup(tokens, contexts, torch.from_numpy(unused).to(device) if unused.any() else None)
+        first = tokens.stop
+
+
+def _gathered_groups(
+    decodes: list[ScheduledSequence], num_homeless: int, layout: KVLayout, device: torch.device
+) -> Iterator[DecodeGroup]:
+    """Cut the last decodes, sorted by falling context, so that padding stays under half of each group."""
+    first = len(decodes) - num_homeless
     while first < len(decodes):
         longest = blocks_for(decodes[first].end, layout.block_size)
         room = max(1, GROUP_BYTES // (longest * layout.block_bytes))
         end = first + 1
         while end < min(first + room, len(decodes)) and decodes[end].end * 2 >= decodes[first].end:
             end += 1
-        yield slice(first, end)
+        yield _gathered_group(decodes[first:end], slice(first, end), layout, device)
         first = end
 
 
-def _decode_group(rows: list[ScheduledSequence], tokens: slice, layout: KVLayout, device: torch.device) -> DecodeGroup:
+def _gathered_group(
+    rows: list[ScheduledSequence], tokens: slice, layout: KVLayout, device: torch.device
+) -> DecodeGroup:
     num_blocks = blocks_for(rows[0].end, layout.block_size)
     tables = np.zeros((len(rows), num_blocks), dtype=np.int64)
     for table, row in zip(tables, rows, strict=True):
         used = blocks_for(row.end, layout.block_size)
         table[:used] = row.sequence.block_table[:used]
-    contexts = np.array([row.end for row in rows])
-    unused = np.arange(num_blocks * layout.block_size) >= contexts[:, None]
     gather = torch.from_numpy(block_rows(layout, tables)).to(device)
+    unused = _unused(rows, num_blocks * layout.block_size)
     if not unused.any():
-        return DecodeGroup(tokens, gather, None, None)
-    shape = (2, len(rows), layout.num_kv_heads, unused.shape[1])
-    unused_rows = np.flatnonzero(np.broadcast_to(unused[None, :, None, :], shape))
-    return DecodeGroup(
-        tokens, gather, torch.from_numpy(unused[:, None, :]).to(device), torch.from_numpy(unused_rows).to(device)
-    )
+        return DecodeGroup(tokens, GatheredContexts(len(rows), gather, None), None)
+    shape = (2, len(rows), layout.num_kv_heads, unused.shape[-1])
+    unused_rows = torch.from_numpy(np.flatnonzero(np.broadcast_to(unused, shape))).to(device)
+    contexts = GatheredContexts(len(rows), gather, unused_rows)
+    return DecodeGroup(tokens, contexts, torch.from_numpy(unused).to(device))
+
+
+def _unused(rows: list[ScheduledSequence], num_slots: int) -> NDArray[np.bool_]:
+    """Which slots lie past each row's context, [N, 1, num_slots]."""
+    ends = np.array([row.end for row in rows])
+    return np.arange(num_slots) >= ends[:, None, None]
