@@ -15,14 +15,14 @@ from diptych.bench.load import (
     read_stream,
 )
 from diptych.bench.server import free_port
-from diptych.front.server import serve
+from diptych.front.server import bind, serve
 
 
 def offer(fake, num_requests=3, num_tokens=6, arrivals=None):
     """The outcomes of requests sent to a fake server."""
 
     async def run():
-        async with serve(fake.app(), "127.0.0.1", 0) as server, LoadClient(server.url) as client:
+        async with serve(fake.app(), bind("127.0.0.1", 0)) as server, LoadClient(server.url) as client:
             requests = [completion_request("fake", [1, 2, 3], num_tokens) for _ in range(num_requests)]
             exchanges = await client.offer(requests, arrivals or [0.0] * num_requests)
             return [outcome_of(exchange) for exchange in exchanges]
@@ -104,7 +104,7 @@ def stream_until(fake, requests, num_ended):
     """The exchanges of streams that are kept running until the server has ended so many."""
 
     async def run():
-        async with serve(fake.app(), "127.0.0.1", 0) as server, LoadClient(server.url) as client:
+        async with serve(fake.app(), bind("127.0.0.1", 0)) as server, LoadClient(server.url) as client:
             async with client.streaming(requests) as exchanges:
                 for _ in range(num_ended):
                     await fake.ended.acquire()

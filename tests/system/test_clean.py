@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import httpx
@@ -22,25 +23,32 @@ NUM_VISITS = 500
 IN_FLIGHT = 32
 BLOCK_SIZE = 16
 LONGEST_PROMPT = 400
-STAYS = "stays"
-LEAVES = SENDING, BEFORE, AFTER, MIDST, LAST = (
-    "while it sends",
-    "before headers",
-    "after headers",
-    "in mid-stream",
-    "after the last token",
-)
 INVALID: tuple[dict[str, Any], ...] = ({"max_tokens": -1}, {"temperature": 9}, {"model": "other"}, {"prompt": []})
+
+
+class Leaves(StrEnum):
+    """When a client goes away."""
+
+    NEVER = "never"
+    SENDING = "while it sends"
+    BEFORE_HEADERS = "before headers"
+    AFTER_HEADERS = "after headers"
+    MID_STREAM = "in mid-stream"
+    AFTER_LAST_TOKEN = "after the last token"
+
+
+OF_STREAMS = tuple(Leaves)
+OF_OTHERS = (Leaves.NEVER, Leaves.SENDING, Leaves.BEFORE_HEADERS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """One request, and when its client leaves; `wait` (seconds, before headers) or `events` (in mid-stream) later."""
+    """One request; `wait` (seconds) and `events` (of a stream) say when exactly its client leaves."""
 
     path: str
     body: dict[str, Any]
     prefer: str | None
-    leaves: str
+    leaves: Leaves
     valid: bool
     wait: float
     events: int
@@ -55,10 +63,11 @@ def visits(context: int) -> list[Visit]:
 def _visit(chance: random.Random, context: int) -> Visit:
     prompt = [chance.randrange(32, 127) for _ in range(int(LONGEST_PROMPT ** chance.random()))]
     chat, stream = chance.random() < 0.3, chance.random() < 0.6
-    leaves = chance.choice((STAYS, *LEAVES) if stream else (STAYS, *LEAVES[:2]))
+    leaves = chance.choice(OF_STREAMS if stream else OF_OTHERS)
+    hears_all = leaves in (Leaves.NEVER, Leaves.AFTER_LAST_TOKEN)
     body: dict[str, Any] = {
         "model": "scripted",
-        "max_tokens": chance.randrange(1, 60) if leaves in (STAYS, LAST) else context - 2 * LONGEST_PROMPT,
+        "max_tokens": chance.randrange(1, 60) if hears_all else context - 2 * LONGEST_PROMPT,
         "temperature": chance.choice((0, 1)),
         "seed": chance.randrange(2**32),
         "stream": stream,
@@ -82,8 +91,8 @@ def _visit(chance: random.Random, context: int) -> Visit:
 async def carry_out(client: httpx.AsyncClient, visit: Visit) -> str:
     """Returns how it ended: refused, answered, or left."""
     try:
-        async with asyncio.timeout(visit.wait if visit.leaves == BEFORE else None):
-            content = _half(visit.body) if visit.leaves == SENDING else json.dumps(visit.body).encode()
+        async with asyncio.timeout(visit.wait if visit.leaves is Leaves.BEFORE_HEADERS else None):
+            content = _half(visit.body) if visit.leaves is Leaves.SENDING else json.dumps(visit.body).encode()
             headers = {"content-type": "application/json"} | prefer_header(visit.prefer)
             request = client.build_request("POST", visit.path, content=content, headers=headers)
             response = await client.send(request, stream=True)
@@ -94,7 +103,7 @@ async def carry_out(client: httpx.AsyncClient, visit: Visit) -> str:
             assert response.status_code in (400, 404)
             return "refused"
         assert response.status_code == 200, await response.aread()
-        if visit.leaves in (BEFORE, AFTER):
+        if visit.leaves in (Leaves.BEFORE_HEADERS, Leaves.AFTER_HEADERS):
             return "left"
         answer = await _read(response, visit)
     finally:
@@ -118,13 +127,13 @@ async def _read(response: httpx.Response, visit: Visit) -> list[int] | None:
     token_ids: list[int] = []
     events = 0
     async for line in response.aiter_lines():
-        if line == "data: [DONE]" and visit.leaves == LAST:
+        if line == "data: [DONE]" and visit.leaves is Leaves.AFTER_LAST_TOKEN:
             break
         if line.startswith("data: {"):
             for choice in json.loads(line.removeprefix("data: "))["choices"]:
                 token_ids += choice["token_ids"]
             events += 1
-            if visit.leaves == MIDST and events == visit.events:
+            if visit.leaves is Leaves.MID_STREAM and events == visit.events:
                 return None
     return token_ids
 

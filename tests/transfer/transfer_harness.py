@@ -114,6 +114,9 @@ def world(transport: str, directory: Path, seed: int = 0, layout: KVLayout = LAY
         for link in made.links:
             link.end()
         receiver.close()
+        target.buffer.release()
+        with contextlib.suppress(BufferError):  # a captured log record may hold an error, and with it a view
+            segment.close()
 
 
 class ScriptedSource:

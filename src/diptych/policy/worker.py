@@ -140,7 +140,7 @@ class WorkerPolicy:
     def _arrive(self, event: ServeRequested | ReserveRequested | PrefillRequested, now: float) -> list[WorkerAction]:
         sequence = Sequence.from_log(event.request, event.output_token_ids)
         request_id = sequence.request_id
-        if request_id in self._lives:
+        if request_id in self._lives or request_id in self.source or request_id in self.target:
             return [SendFailure(request_id, "duplicate_request", "this worker already serves a request of that id")]
         if not self.scheduler.fits(sequence.num_tokens + 1):
             return [SendFailure(request_id, "kv_exhausted", "the request needs more KV blocks than this worker has")]

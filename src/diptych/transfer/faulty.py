@@ -15,12 +15,14 @@ class Fault(StrEnum):
     FLIP = "flip"  # one bit of one page is inverted
     DROP = "drop"  # the last range does not arrive
     TRUNCATE = "truncate"  # only half of the last range arrives
+    ZERO = "zero"  # one page is empty
+    FOREIGN = "foreign"  # one page is that of another block (takes two blocks to show)
     REORDER = "reorder"  # pages arrive in each other's places (takes two pages to show)
 
 
 class FaultyWriter:
-    """Wraps a writer; `plan` says which of its writes (counted from 0) suffer which fault. Where a bit
-    flips follows from `seed`."""
+    """Wraps a writer; `plan` says which of its writes (counted from 0) suffer which fault. Which page or
+    bit that is follows from `seed`."""
 
     def __init__(self, writer: PageWriter, plan: Mapping[int, Fault], seed: int = 0) -> None:
         self._writer = writer
@@ -33,33 +35,44 @@ class FaultyWriter:
         fault = self._plan.get(self._writes)
         self._writes += 1
         *others, last = transfer.ranges
+        pages = _pages(transfer.ranges, source.layout.block_bytes)
+        victim = self._random.randrange(len(pages))
         match fault:
-            case Fault.FLIP:
-                source = self._with_flipped_bit(source, transfer)
+            case Fault.FLIP | Fault.ZERO:
+                source = self._spoiled(source, transfer.layer, pages[victim], fault)
             case Fault.DROP:
                 transfer = replace(transfer, ranges=tuple(others))
             case Fault.TRUNCATE:
                 transfer = replace(transfer, ranges=(*others, replace(last, length=last.length // 2)))
+            case Fault.FOREIGN:
+                pages[victim] = _of_another_block(pages[victim], source)
+                transfer = replace(transfer, ranges=tuple(pages))
             case Fault.REORDER:
-                transfer = replace(transfer, ranges=_reordered(transfer.ranges, source.layout.block_bytes))
+                places = zip(pages, reversed(pages), strict=True)
+                swapped = tuple(replace(page, source_offset=other.source_offset) for page, other in places)
+                transfer = replace(transfer, ranges=swapped)
         return self._writer.write(transfer, source)
 
-    def _with_flipped_bit(self, source: KVMemory, transfer: LayerTransfer) -> KVMemory:
-        """A copy of the source's memory with one wrong bit in what is about to be sent."""
-        spoiled = KVMemory(source.layout, source.num_blocks, memoryview(bytearray(source.buffer)))
-        span = self._random.choice(transfer.ranges)
-        offset = span.source_offset + self._random.randrange(span.length)
-        spoiled.layer(transfer.layer)[offset] ^= 1 << self._random.randrange(8)
-        return spoiled
+    def _spoiled(self, source: KVMemory, layer: int, page: ByteRange, fault: Fault) -> KVMemory:
+        """A copy of the source's memory with one page wrong."""
+        copy = KVMemory(source.layout, source.num_blocks, memoryview(bytearray(source.buffer)))
+        content = copy.layer(layer)[page.source_offset : page.source_offset + page.length]
+        if fault is Fault.ZERO:
+            content[:] = bytes(page.length)
+        else:
+            content[self._random.randrange(page.length)] ^= 1 << self._random.randrange(8)
+        return copy
 
 
-def _reordered(ranges: Sequence[ByteRange], block_bytes: int) -> tuple[ByteRange, ...]:
-    """The same pages, last to first, into places first to last."""
-    pages = [
+def _pages(ranges: Sequence[ByteRange], block_bytes: int) -> list[ByteRange]:
+    """The ranges, block by block."""
+    return [
         ByteRange(span.source_offset + offset, span.target_offset + offset, block_bytes)
         for span in ranges
         for offset in range(0, span.length, block_bytes)
     ]
-    return tuple(
-        replace(page, source_offset=other.source_offset) for page, other in zip(pages, reversed(pages), strict=True)
-    )
+
+
+def _of_another_block(page: ByteRange, source: KVMemory) -> ByteRange:
+    size = source.layout.block_bytes
+    return replace(page, source_offset=(page.source_offset + size) % (source.num_blocks * size))

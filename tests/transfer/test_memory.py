@@ -1,0 +1,98 @@
+"""Memory that two processes share: given whole, sealed, and gone with its owner."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+
+import pytest
+
+from diptych.core.errors import ConfigError, TransferError
+from diptych.core.kv_layout import ByteRange, KVLayout, KVMemory, LayerTransfer
+from diptych.transfer.memory import SharedMemory, map_memory
+from diptych.transfer.writers import InlineWriter, MappedWriter
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="uint8", block_size=16)
+NUM_BLOCKS = 3
+SIZE = LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes
+
+
+def test_what_one_writes_the_other_sees() -> None:
+    segment = SharedMemory(SIZE)
+    assert not any(segment.buffer)
+    assert not os.get_inheritable(segment.descriptor)
+    mapped = map_memory(os.dup(segment.descriptor), LAYOUT, NUM_BLOCKS)
+    mapped.layer(1)[5:8] = b"abc"
+    start = NUM_BLOCKS * LAYOUT.block_bytes + 5
+    assert segment.buffer[start : start + 3] == b"abc"
+    segment.close()
+    assert mapped.layer(1)[5:8] == b"abc"  # a mapping outlives its owner
+
+
+def test_nobody_takes_the_ground_away() -> None:
+    segment = SharedMemory(SIZE)
+    for size in (0, SIZE - 1, SIZE + 1):
+        with pytest.raises(OSError) as refused:  # noqa: PT011 - the number is what counts
+            os.truncate(segment.descriptor, size)
+        assert refused.value.errno == errno.EPERM
+    segment.close()
+
+
+def test_it_cannot_be_closed_under_a_view() -> None:
+    segment = SharedMemory(SIZE)
+    view = segment.buffer
+    with pytest.raises(BufferError):
+        segment.close()
+    view.release()
+    segment.close()
+
+
+def test_more_than_there_is() -> None:
+    with pytest.raises(ConfigError, match="lower --kv-cache-tokens"):
+        SharedMemory(1 << 60)
+
+
+@pytest.mark.parametrize("num_blocks", [0, NUM_BLOCKS - 1, NUM_BLOCKS + 1, 2**40])
+def test_another_size_than_announced(num_blocks: int) -> None:
+    segment = SharedMemory(SIZE)
+    given = os.dup(segment.descriptor)
+    with pytest.raises(TransferError, match="bytes"):
+        map_memory(given, LAYOUT, num_blocks)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(given)  # closed all the same
+    segment.close()
+
+
+def test_a_file_that_could_shrink_is_not_mapped() -> None:
+    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.truncate(unsealed, SIZE)
+    with pytest.raises(TransferError, match="sealed"):
+        map_memory(unsealed, LAYOUT, NUM_BLOCKS)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(SIZE)
+        with pytest.raises(TransferError, match="cannot be mapped"):
+            map_memory(os.dup(file.fileno()), LAYOUT, NUM_BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        ByteRange(-1, 0, 1),
+        ByteRange(0, 0, -1),
+        ByteRange(NUM_BLOCKS * LAYOUT.block_bytes, 0, 1),
+        ByteRange(0, 0, NUM_BLOCKS * LAYOUT.block_bytes + 1),
+    ],
+)
+def test_no_writer_leaves_its_layer(span: ByteRange) -> None:
+    source = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(bytearray(b"s" * SIZE)))
+    target = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(mmap.mmap(-1, SIZE)))
+    good = ByteRange(0, 0, LAYOUT.block_bytes)
+    for writer in (MappedWriter(target), InlineWriter()):
+        with pytest.raises(TransferError, match="leaves a layer"):
+            writer.write(LayerTransfer(0, 0, 0, (good, span)), source)
+    swapped = ByteRange(span.target_offset, span.source_offset, span.length)
+    with pytest.raises(TransferError, match="leaves a layer"):
+        MappedWriter(target).write(LayerTransfer(0, 0, 0, (good, swapped)), source)
+    assert not any(target.buffer)  # all or nothing
