@@ -5,7 +5,7 @@ from bench_fakes import DONE_EVENT, event
 
 from diptych.bench.interference import InterferencePlan, judge, summarize_trials
 from diptych.bench.load import Exchange, completion_request
-from diptych.bench.picture import draw_interference
+from diptych.bench.picture import draw_interference, median_trial
 from diptych.bench.server import ServerError, System
 from diptych.bench.serving import LoadPlan, measure_serving
 
@@ -63,6 +63,12 @@ def test_summary_pools_trials_and_shows_each():
     assert unsplit["disturbed"]["p99_itl_ms"] is None
     assert unsplit["stream_failures"] == {"stalled": 1}
     assert split["median_prompt_ttft_ms"] == pytest.approx(950)
+
+
+def test_the_picture_shows_the_trial_in_the_middle():
+    trials = [trial_of([stream([99.0, 100.1 + length])]) for length in (0.5, 0.1, 0.9)]
+    assert median_trial(trials) is trials[0]
+    assert median_trial(trials[:2]) is trials[1]
 
 
 @pytest.mark.parametrize("name", ["picture.png", "picture.svg"])

@@ -82,7 +82,7 @@ class Harness:
         for sequence, limit in shares:
             num_tokens = min(limit, sequence.num_uncomputed_tokens)
             start = sequence.num_computed_tokens
-            self._make_room(sequence, start + num_tokens)
+            self.make_room(sequence, start + num_tokens)
             rows.append(ScheduledSequence(sequence, start, num_tokens, start + num_tokens == sequence.num_tokens))
         results = self.engine.step(Batch(tuple(rows)), on_layer)
         for row, token in zip(rows, results, strict=True):
@@ -99,7 +99,14 @@ class Harness:
             self._free += sequence.block_table
         return [sequence.output_token_ids for sequence in sequences]
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Take all its blocks away, as a scheduler does: it has to be computed again."""
+        self._free += sequence.block_table
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+
+    def make_room(self, sequence: Sequence, num_tokens: int) -> None:
+        """Have its block table hold that many tokens."""
         needed = blocks_for(num_tokens, self.engine.layout.block_size)
         while len(sequence.block_table) < needed:
             sequence.block_table.append(self._free.pop(0))

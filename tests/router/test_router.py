@@ -144,6 +144,20 @@ def test_a_failure_on_one_side_cancels_the_other() -> None:
     play(script)
 
 
+def test_a_hand_off_that_the_prefill_worker_gave_up_is_its_own_affair() -> None:
+    """The first token was the last; that no pages will come may be heard of earlier than the token itself."""
+
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        decode.send(messages.Failed("r", "handoff_abandoned", "p0 has given the hand-off up"))
+        decode.send(messages.Granted("unknown", b"ticket", 0))
+        assert await anext(decode) == messages.Abort("unknown")  # so the router has seen both
+        prefill.send(messages.Prefilled(output(0, FinishReason.LENGTH), 0, 0.0, 0.0))
+        assert [token.token.token_id async for token in stream] == [100]
+
+    play(script)
+
+
 def test_without_workers_nothing_is_accepted() -> None:
     async def script(stage: Stage) -> None:
         assert not stage.router.ready()

@@ -36,7 +36,7 @@ def check_recovery(server: Server, worker_id: str, old_epoch: int) -> None:
 
     def is_back() -> bool:
         worker = server.fleet()[worker_id]
-        return worker["state"] == "ready" and worker["epoch"] == old_epoch + 1
+        return (worker["state"], worker["epoch"]) == ("ready", old_epoch + 1)
 
     soon(is_back, f"{worker_id} comes back")
     assert any(f"worker {worker_id} ended (signal SIGKILL)" in line for line in server.screen)

@@ -147,11 +147,12 @@ def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_no_leave_no_pages(transport: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [LAYERS, ()], ids=["pages", "only the close"])
+def test_no_leave_no_pages_and_no_close(transport: str, layers: Sequence[int], tmp_path: Path) -> None:
     with encounter(transport, tmp_path) as made:
         target, claims = made.target, claims_for("r1", BLOCKS)
         target.meet()
-        made.push(claims)
+        made.push(claims, layers)
         target.begun(claims)
         target.say(frames.Rejected("r1", claims.nonce, "ticket_refused", "used"))
         assert made.events.next() == PushRejected("r1", "ticket_refused", "used")

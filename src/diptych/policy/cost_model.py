@@ -21,6 +21,8 @@ class CostModel:
         handoff_seconds: fixed price of a split: two more messages, one more process.
         link_bytes_per_second: between two workers.
         pipelined_share: the part of a transfer that layer pipelining cannot hide (about one layer).
+        stall_weight: how many seconds of waiting for a first token a running stream's standing still for
+            a second is worth. Readers notice a pause more than a late start.
     """
 
     prefill_rate: float = 2000.0
@@ -28,6 +30,7 @@ class CostModel:
     handoff_seconds: float = 0.005
     link_bytes_per_second: float = 1e9
     pipelined_share: float = 0.125
+    stall_weight: float = 4.0
 
     def prefill_seconds(self, worker: WorkerView, num_tokens: int) -> float:
         """Time to compute the KV of `num_tokens` tokens on this worker, alone."""

@@ -4,9 +4,9 @@
     local(d)    = queue(d) + prefill(d, tokens d lacks) + harm(d)          + a decode step on d
 
 `harm` is what a prefill does to the streams of a decode worker: each of them stands still while it
-runs. A dedicated decode worker is counted as having at least one stream, because keeping it smooth for
-those that are about to arrive is what it is for. So a short or mostly cached prompt is prefilled where
-it decodes, and a long one is not.
+runs. On a dedicated decode worker it is never nothing, because keeping it free for streams that are
+about to arrive is what it is for. So a short or mostly cached prompt is prefilled where it decodes, and
+a long one is not.
 """
 
 from __future__ import annotations
@@ -94,11 +94,13 @@ class Routing:
     def _local(self, demand: Demand, worker: WorkerView, loads: Mapping[WorkerId, WorkerLoad]) -> ScoredRoute:
         load = loads.get(worker.worker_id, WorkerLoad())
         prefill = self._cost.prefill_seconds(worker, demand.uncached(worker.worker_id))
-        streams = max(load.sequences, 1 if worker.role is Role.DECODE else 0)
+        harm = prefill * self._cost.stall_weight * load.sequences
+        if worker.role is Role.DECODE:
+            harm = max(harm, prefill)
         seconds = (
             self._cost.prefill_seconds(worker, load.prefill_tokens)
             + prefill
-            + prefill * streams
+            + harm
             + self._cost.decode_seconds(worker, load.sequences)
             + self._shortage_seconds(demand, worker)
         )

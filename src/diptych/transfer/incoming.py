@@ -26,6 +26,7 @@ class Incoming:
     writer: Writer | None = None
     writer_gone: bool = False  # there was one, and there will be no other
     revoked: bool = False
+    released: bool = False  # first it was revoked, and then its writer went
     failed: bool = False
     verified: bytearray = field(init=False)
 
@@ -67,6 +68,11 @@ class TicketBook:
         self._lock = threading.Lock()
         self._tickets: dict[str, Incoming] = {}
         self.counts: Counter[str] = Counter()
+
+    def count(self, reason: str) -> None:
+        """Something was turned away."""
+        with self._lock:
+            self.counts[reason] += 1
 
     def expect(self, claims: TicketClaims) -> None:
         """A ticket has been granted."""
@@ -157,4 +163,5 @@ class TicketBook:
     def _writer_is_gone(self, ticket: Incoming) -> None:
         ticket.writer, ticket.writer_gone = None, True
         if ticket.revoked:
+            ticket.released = True
             del self._tickets[ticket.claims.request_id]

@@ -115,7 +115,7 @@ class KVReceiver:
                     log.error("cannot accept data connections: %s", error)
                 continue
             if not self._start(functools.partial(self._serve, sock), "data connection"):
-                self.book.counts["refused connection"] += 1
+                self.book.count("refused connection")
                 sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -123,7 +123,7 @@ class KVReceiver:
         try:
             connection = accept(sock, self._target.key, frames.FromSource)
         except HandshakeError as error:
-            self.book.counts["refused connection"] += 1
+            self.book.count("refused connection")
             log.warning("%s", error)
             return
         peer = _Peer(connection, self._target, self.book, self._report)
@@ -135,7 +135,7 @@ class KVReceiver:
             peer.welcome()
             peer.run()
         except (PeerError, OSError) as error:
-            self.book.counts["broken connection"] += 1
+            self.book.count("broken connection")
             log.warning("data connection of %s ended: %s", peer.name, error)
         finally:
             peer.hang_up()
@@ -178,9 +178,14 @@ class _Peer:
             self.connection.send_descriptor(self._target.descriptor)
 
     def tell(self, answer: frames.FromTarget) -> None:
-        """Answer; a source that is gone is noticed by the thread that reads from it."""
-        with self._send_lock, contextlib.suppress(OSError):
-            self.connection.send(answer)
+        """Answer; a source that is gone is noticed by the thread that reads from it. One that did not take
+        an answer whole cannot understand the next, so it gets none: it sees the end, and hangs up."""
+        with self._send_lock:
+            try:
+                self.connection.send(answer)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.connection.end_sending()
 
     def run(self) -> None:
         """Take frames until the source hangs up."""
@@ -240,7 +245,7 @@ class _Peer:
         if layer_digests(self._target.memory, frame.layer, blocks) == frame.digests:
             self._book.mark(ticket, frame)
         else:
-            self._book.counts["corrupt pages"] += 1
+            self._book.count("corrupt pages")
             self._fail(ticket, TransferError(f"pages of layer {frame.layer} are corrupt", code="kv_corrupt"))
 
     def _receive(self, layer: int, blocks: Sequence[BlockId]) -> None:
@@ -271,8 +276,9 @@ class _Peer:
             self._gone(ticket, "handoff_abandoned", f"{self.name} has given the hand-off up")
 
     def _gone(self, ticket: Incoming, code: str, message: str) -> None:
-        """A ticket's writer is gone: the end of a revocation, or the failure that leads to one."""
-        if ticket.revoked:
+        """A ticket's writer is gone: the end of a revocation, or the failure that leads to one. (A ticket
+        that is revoked only after its writer went is reported by whoever revokes it.)"""
+        if ticket.released:
             self._report(WriterGone(ticket.claims.request_id))
         elif self._book.fail(ticket):
             self._report(HandoffFailed(ticket.claims.request_id, code, message))

@@ -47,10 +47,10 @@ class PagedAttention:
         """One token per sequence: queries [N, num_kv_heads, group, head_dim], and the same back. Their own
         keys and values are `new`."""
         keys, values = group.contexts.load(self._cache, layer, *new)
-        # Keys come first: as the second factor they would be transposed, at three times the cost of the product.
-        scores = self._scores(keys, queries.flatten(0, 1)).transpose(1, 2).contiguous()
+        scores = self._scores(queries.flatten(0, 1), keys)
         if group.unused is not None:
-            scores.view(len(queries), -1, scores.shape[-1]).masked_fill_(group.unused, -torch.inf)
+            last = scores.view(len(queries), -1, scores.shape[-1])[..., -group.unused.shape[-1] :]
+            last.masked_fill_(group.unused, -torch.inf)
         return torch.matmul(scores.softmax(dim=-1), values).view(queries.shape)
 
     def _prefill(self, layer: int, chunk: PrefillChunk, queries: Tensor, attended: Tensor) -> None:
@@ -71,10 +71,10 @@ class PagedAttention:
             result = torch.matmul(scores.softmax(dim=-1), values[:, :visible])
             attended[first : first + QUERY_CHUNK] = result.view(num_kv_heads, group, -1, head_dim).permute(2, 0, 1, 3)
 
-    def _scores(self, first: Tensor, second: Tensor) -> Tensor:
-        """Scaled products [heads, M, N] of queries and keys, [heads, M, dim] and [heads, N, dim], in either order."""
-        ignored = first.new_empty(1, 1, 1)
-        return torch.baddbmm(ignored, first, second.transpose(1, 2), beta=0, alpha=self._scale)
+    def _scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Scaled products [heads, rows, slots] of queries [heads, rows, dim] and keys [heads, slots, dim]."""
+        ignored = queries.new_empty(1, 1, 1)
+        return torch.baddbmm(ignored, queries, keys.transpose(1, 2), beta=0, alpha=self._scale)
 
 
 def _future(size: int, like: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class KVCache:
         tokens = torch.cat((keys, values), dim=1).view(-1, self._layout.head_dim)
         self._layers[layer].view(-1, self._layout.head_dim).index_copy_(0, rows, tokens)
 
+    def copy_blocks(self, layer: int, rows: Tensor, into: Tensor) -> None:
+        """Copy `rows` (K or V of `block_rows`) into contiguous memory [num_kv_heads, slots, head_dim]."""
+        torch.index_select(self._layers[layer], 0, rows, out=into.view(len(rows), -1))
+
     def gather(
         self, layer: int, rows: Tensor, num_sequences: int, unused: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,10 @@ class GatheredContexts:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Decodes that attend together, padded to the blocks of the longest.
+    """Decodes that attend together, padded to the same number of slots.
 
-    `unused` marks the slots past each context, bool [N, 1, slots]; None if every slot is in use.
+    `unused` marks the slots past each context, bool [N, 1, U]. It is about the last U slots: those before
+    are in use by all. None if U is 0.
     """
 
     tokens: slice  # of the packed batch
@@ -146,8 +147,7 @@ def _dense_groups(dense: list[DenseContexts], device: torch.device) -> Iterator[
     first = 0
     for contexts in dense:
         tokens = slice(first, first + len(contexts.rows))
-        unused = _unused(contexts.rows, contexts.num_slots)
-        yield DecodeGroup(tokens, contexts, torch.from_numpy(unused).to(device) if unused.any() else None)
+        yield DecodeGroup(tokens, contexts, _mask(contexts.rows, contexts.buffer.capacity, device))
         first = tokens.stop
 
 
@@ -175,16 +175,20 @@ def _gathered_group(
         used = blocks_for(row.end, layout.block_size)
         table[:used] = row.sequence.block_table[:used]
     gather = torch.from_numpy(block_rows(layout, tables)).to(device)
-    unused = _unused(rows, num_blocks * layout.block_size)
-    if not unused.any():
-        return DecodeGroup(tokens, GatheredContexts(len(rows), gather, None), None)
-    shape = (2, len(rows), layout.num_kv_heads, unused.shape[-1])
-    unused_rows = torch.from_numpy(np.flatnonzero(np.broadcast_to(unused, shape))).to(device)
-    contexts = GatheredContexts(len(rows), gather, unused_rows)
-    return DecodeGroup(tokens, contexts, torch.from_numpy(unused).to(device))
+    num_slots = num_blocks * layout.block_size
+    shape = (2, len(rows), layout.num_kv_heads, num_slots)
+    unused_rows = torch.from_numpy(np.flatnonzero(np.broadcast_to(_unused(rows, 0, num_slots), shape))).to(device)
+    contexts = GatheredContexts(len(rows), gather, unused_rows if len(unused_rows) else None)
+    return DecodeGroup(tokens, contexts, _mask(rows, num_slots, device))
 
 
-def _unused(rows: list[ScheduledSequence], num_slots: int) -> NDArray[np.bool_]:
-    """Which slots lie past each row's context, [N, 1, num_slots]."""
+def _mask(rows: list[ScheduledSequence], num_slots: int, device: torch.device) -> Tensor | None:
+    """See `DecodeGroup.unused`."""
+    shortest = min(row.end for row in rows)
+    return torch.from_numpy(_unused(rows, shortest, num_slots)).to(device) if shortest < num_slots else None
+
+
+def _unused(rows: list[ScheduledSequence], first: int, num_slots: int) -> NDArray[np.bool_]:
+    """Which slots from `first` on lie past each row's context, [N, 1, num_slots - first]."""
     ends = np.array([row.end for row in rows])
-    return np.arange(num_slots) >= ends[:, None, None]
+    return np.arange(first, num_slots) >= ends[:, None, None]
