@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 TRANSPORTS = {"auto": ("shm", "tcp"), "shm": ("shm",), "tcp": ("tcp",)}
 KEY_BYTES = 32
+MIN_BODY_VALUES = 1 << 17  # and twice the context, for prompts of token ids
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
 BUILTIN_NAME = "recall"
@@ -153,7 +154,11 @@ async def _front(settings: ServeSettings, fleet: _Fleet, sock: socket.socket) ->
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
     names = settings.http.served_model_names or (settings.engine.served_name,)
-    front = FrontSettings(served_model_names=names, api_keys=settings.http.api_keys)
+    front = FrontSettings(
+        served_model_names=names,
+        api_keys=settings.http.api_keys,
+        max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
+    )
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
     async with http_serve(app, sock) as server:

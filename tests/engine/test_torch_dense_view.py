@@ -17,7 +17,7 @@ from diptych.core.errors import EngineCorrupt
 from diptych.core.kv_layout import KVLayout
 from diptych.core.request import Request, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
-from diptych.engine.torch_engine.dense_view import DenseView, size_for
+from diptych.engine.torch_engine.dense_view import DenseView, Resident, size_for
 
 LOGPROBS = SamplingParams(temperature=0.0, logprobs=509)
 ROOMY = 512 << 20
@@ -163,6 +163,14 @@ def test_other_blocks_between_two_steps_are_noticed() -> None:
     decode(harness, sequence)
     # The second decode saw the other's context, as a gather does.
     assert sequence.output_token_ids != expected_tokens("llama", prompt, 3)
+
+
+def test_only_the_next_token_or_the_same_again_continues_a_context() -> None:
+    sequence = Sequence.from_log(Request(request_id="0", prompt_token_ids=(0,) * 60, sampling=LOGPROBS))
+    sequence.block_table = [7, 3, 9, 4]
+    resident = Resident(slot=0, end=40, blocks=[7, 3, 9])
+    starts = [start for start in range(60) if resident.continues(ScheduledSequence(sequence, start, 1, False))]
+    assert starts == [39, 40]
 
 
 def test_a_prompt_in_chunks_beside_decodes() -> None:

@@ -35,6 +35,7 @@ ROWS: list[tuple[int, tuple[str, Any], str | None]] = [
     (3, chat({"role": "user", "content": [{"type": "text", "text": "\ud800"}]}), "messages[0].content"),
     (3, chat({"role": "user", "content": "a", "name": "\0"}), "messages[0].name"),
     (3, chat(chat_template_kwargs={"preamble": "\ud800"}), "messages"),
+    (4, (COMPLETIONS, b'{"prompt":[' + b"[]," * 200_000 + b"[]]}"), None),
     (4, (COMPLETIONS, b"[" * 100_000), None),
     (4, (COMPLETIONS, b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), None),
     (4, completion(**{f"x{i}": 1 for i in range(1000)}), None),

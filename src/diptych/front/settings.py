@@ -16,6 +16,7 @@ class FrontSettings:
         api_keys: if any, `/v1/*`, `/tokenize` and `/detokenize` need one of them. Each of several keys has
             its own prefix-cache namespace.
         max_body_bytes: larger bodies are refused (413) before they are read.
+        max_body_values: bodies with more JSON values are refused (400) before they are parsed.
         body_timeout: seconds in which a body must have arrived (408).
         write_timeout: seconds in which a client must take what a stream wants to send; then it is cancelled.
     """
@@ -23,6 +24,7 @@ class FrontSettings:
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 4 << 20
+    max_body_values: int = 1 << 17
     body_timeout: float = 30.0
     write_timeout: float = 60.0
 
