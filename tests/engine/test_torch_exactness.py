@@ -90,9 +90,10 @@ def test_block_sizes(block_size: int) -> None:
     assert harness.generate([harness.sequence(prompt)], NUM_TOKENS) == [expected_tokens("llama", prompt, NUM_TOKENS)]
 
 
-def test_decodes_of_very_different_contexts_fall_into_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dense_limit", [0, 512 << 20])
+def test_decodes_of_very_different_contexts_fall_into_groups(monkeypatch: pytest.MonkeyPatch, dense_limit: int) -> None:
     monkeypatch.setattr("diptych.engine.torch_engine.plan.GROUP_BYTES", 1 << 16)
-    harness = Harness("llama")
+    harness = Harness("llama", dense_limit=dense_limit)
     prompts = [random_prompt(length) for length in (3, 400, 20, 21, 390, 1)]
     outputs = harness.generate([harness.sequence(prompt) for prompt in prompts], NUM_TOKENS)
     assert outputs == [expected_tokens("llama", prompt, NUM_TOKENS) for prompt in prompts]

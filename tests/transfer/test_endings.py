@@ -7,7 +7,18 @@ import socket
 from pathlib import Path
 
 import pytest
-from transfer_harness import EPOCH, KEY, LAYOUT, TOKEN, TRANSPORTS, ScriptedSource, World, claims_for, world
+from transfer_harness import (
+    EPOCH,
+    KEY,
+    LAYOUT,
+    SOCKET_TRANSPORTS,
+    TOKEN,
+    TRANSPORTS,
+    ScriptedSource,
+    World,
+    claims_for,
+    world,
+)
 
 from diptych.core.events import (
     HandoffComplete,
@@ -148,7 +159,7 @@ def test_an_unknown_request_has_no_writer(tmp_path: Path) -> None:
         assert made.at_target.next() == WriterGone("never heard of")
 
 
-@each_transport
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 def test_a_receiver_that_ends_loses_its_links(transport: str, tmp_path: Path) -> None:
     with world(transport, tmp_path) as made:
         link, claims = made.link(), claims_for("r1", BLOCKS)

@@ -12,6 +12,7 @@ from transfer_harness import (
     KEY,
     LAYOUT,
     NUM_BLOCKS,
+    SOCKET_TRANSPORTS,
     TOKEN,
     TRANSPORTS,
     Inbox,
@@ -278,7 +279,7 @@ def other_process(made: World, claims: TicketClaims, what: str) -> subprocess.Po
     )
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 def test_another_process_hands_over(transport: str, tmp_path: Path) -> None:
     with world(transport, tmp_path, seed=9) as made:
         claims = claims_for("r1", (3, 4, 8, 1))
@@ -291,7 +292,7 @@ def test_another_process_hands_over(transport: str, tmp_path: Path) -> None:
         assert_arrived(made, list(claims.blocks), claims.blocks, 0)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 def test_a_source_that_is_killed_gives_up_its_hold_on_the_blocks(transport: str, tmp_path: Path) -> None:
     with world(transport, tmp_path) as made:
         claims = claims_for("r1", (3, 4, 8, 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transfer_harness import KEY, LAYOUT, NUM_BLOCKS, TOKEN, TRANSPORTS, Inbox, claims_for, random_memory
+from transfer_harness import KEY, LAYOUT, NUM_BLOCKS, SOCKET_TRANSPORTS, TOKEN, Inbox, claims_for, random_memory
 
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint
@@ -120,7 +120,7 @@ def encounter(transport: str, directory: Path, wrap: WrapWriter = lambda writer:
         target.close()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
     with encounter(transport, tmp_path) as made:
         target, claims = made.target, claims_for("r1", BLOCKS)
@@ -146,7 +146,7 @@ def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
         assert made.events.empty
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 @pytest.mark.parametrize("layers", [LAYERS, ()], ids=["pages", "only the close"])
 def test_no_leave_no_pages_and_no_close(transport: str, layers: Sequence[int], tmp_path: Path) -> None:
     with encounter(transport, tmp_path) as made:
@@ -168,7 +168,7 @@ def test_no_leave_no_pages_and_no_close(transport: str, layers: Sequence[int], t
         assert not any(target.segment.buffer) or transport == "shm"
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 @pytest.mark.parametrize("when", ["before leave", "among the pages", "after the close"])
 @pytest.mark.parametrize("answer", [frames.Cancel, frames.Rejected])
 def test_a_target_that_does_not_want_it(transport: str, when: str, answer: Any, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_answers_about_another_ticket_change_nothing(answer: Any, tmp_path: Path
         assert made.events.empty
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 def test_abandoned_before_it_began(transport: str, tmp_path: Path) -> None:
     with encounter(transport, tmp_path) as made:
         claims = claims_for("r1", BLOCKS)
@@ -236,7 +236,7 @@ def test_abandoned_before_it_began(transport: str, tmp_path: Path) -> None:
         made.target.hears_nothing()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 @pytest.mark.parametrize("says", ["garbage", "too much", "nothing more"])
 def test_a_broken_link_is_reported_once_with_what_was_under_way(transport: str, says: str, tmp_path: Path) -> None:
     with encounter(transport, tmp_path) as made:
@@ -270,7 +270,7 @@ def test_a_broken_link_is_reported_once_with_what_was_under_way(transport: str, 
         assert made.events.empty
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 @pytest.mark.parametrize("silent", ["welcome", "leave"])
 def test_a_target_that_falls_silent(
     transport: str, silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -18,6 +18,7 @@ from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
 from diptych.transfer import frames
 from diptych.transfer.digest import layer_digests
+from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import SharedMemory
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.sender import Identity, PushLink, WrapWriter
@@ -29,7 +30,8 @@ EPOCH = 7
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4)
 NUM_BLOCKS = 24
 TOKEN = SampledToken(42, -0.5, ((42, -0.5),))
-TRANSPORTS = ("shm", "tcp")
+SOCKET_TRANSPORTS = ("shm", "tcp")
+TRANSPORTS = (*SOCKET_TRANSPORTS, "local")
 
 
 def random_memory(seed: int, layout: KVLayout = LAYOUT) -> KVMemory:
@@ -71,7 +73,7 @@ class Inbox:
 class World:
     """`source` pushes to `target` over `endpoint`; what the two sides report lies in the inboxes."""
 
-    endpoint: KVEndpoint
+    endpoint: KVEndpoint | LocalEndpoint
     source: KVMemory
     target: KVMemory
     receiver: KVReceiver
@@ -105,8 +107,10 @@ def world(transport: str, directory: Path, seed: int = 0, layout: KVLayout = LAY
     at_target = Inbox()
     about = Target(key=KEY, epoch=EPOCH, memory=target, model_digest="model", descriptor=segment.descriptor)
     receiver = KVReceiver(about, at_target.put)
-    address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else "tcp:127.0.0.1:0")
-    endpoint = KVEndpoint(transport=transport, address=address)
+    endpoint: KVEndpoint | LocalEndpoint = LocalEndpoint(receiver)
+    if transport != "local":
+        address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else "tcp:127.0.0.1:0")
+        endpoint = KVEndpoint(transport=transport, address=address)
     made = World(endpoint, random_memory(seed, layout), target, receiver, at_target)
     try:
         yield made
@@ -124,11 +128,15 @@ class ScriptedSource:
 
     def __init__(self, world: World, *, layout: str = LAYOUT.digest, model: str = "model", key: bytes = KEY) -> None:
         self._world = world
-        self.connection: BlockingConnection[frames.FromTarget] = dial(world.endpoint.address, key, frames.FromTarget)
+        endpoint = world.endpoint
+        self.mapped = isinstance(endpoint, LocalEndpoint) or endpoint.transport == "shm"
+        self.connection: BlockingConnection[frames.FromTarget] = (
+            endpoint.dial() if isinstance(endpoint, LocalEndpoint) else dial(endpoint.address, key, frames.FromTarget)
+        )
+        self._descriptor: int | None = None
         self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model))
         self.welcome = self.connection.receive()
-        self.mapped = world.endpoint.transport == "shm"
-        if self.welcome is not None and self.mapped:
+        if self.welcome is not None and isinstance(endpoint, KVEndpoint) and self.mapped:
             self._descriptor = self.connection.receive_descriptor()
 
     def begin(self, claims: TicketClaims) -> Any:
@@ -173,5 +181,5 @@ class ScriptedSource:
 
     def __exit__(self, *_: object) -> None:
         self.hang_up()
-        if self.welcome is not None and self.mapped:
+        if self._descriptor is not None:
             os.close(self._descriptor)

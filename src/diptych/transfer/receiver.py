@@ -68,6 +68,15 @@ class KVReceiver:
         self._start(lambda: self._accept(sock), f"accept {real}")
         return real
 
+    @property
+    def memory(self) -> KVMemory:
+        return self._target.memory
+
+    def adopt(self, connection: BlockingConnection[frames.FromSource]) -> None:
+        """Serve a data connection from within this process, whose source addresses our memory itself."""
+        if not self._start(lambda: self._talk(connection, in_process=True), "data connection"):
+            connection.close()
+
     def expect(self, claims: TicketClaims) -> None:
         """A ticket is out. To be called before anybody can have it."""
         self.book.expect(claims)
@@ -126,7 +135,10 @@ class KVReceiver:
             self.book.count("refused connection")
             log.warning("%s", error)
             return
-        peer = _Peer(connection, self._target, self.book, self._report)
+        self._talk(connection)
+
+    def _talk(self, connection: BlockingConnection[frames.FromSource], *, in_process: bool = False) -> None:
+        peer = _Peer(connection, self._target, self.book, self._report, in_process=in_process)
         with self._lock:
             self._peers.add(peer)
             if self._closing.is_set():
@@ -153,10 +165,12 @@ class _Peer:
         target: Target,
         book: TicketBook,
         report: Callable[[TargetEvent], None],
+        *,
+        in_process: bool,
     ) -> None:
         self.connection = connection
         self.name = "a source"
-        self._mapped = False  # it has our memory's descriptor, so it writes itself and sends no bytes
+        self._mapped = in_process  # it addresses our memory, so it writes itself and sends no bytes
         self._target = target
         self._book = book
         self._report = report
@@ -173,7 +187,7 @@ class _Peer:
         if ours != theirs:
             raise HandshakeError(f"(wire version, layout, model) are {theirs} there and {ours} here")
         self.tell(frames.PushWelcome(self._target.memory.num_blocks))
-        if self.connection.is_local and self._target.descriptor is not None:
+        if not self._mapped and self.connection.is_local and self._target.descriptor is not None:
             self._mapped = True
             self.connection.send_descriptor(self._target.descriptor)
 

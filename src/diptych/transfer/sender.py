@@ -23,6 +23,7 @@ from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
 from diptych.transfer.digest import block_digest
+from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
 from diptych.transfer.writers import InlineWriter, MappedWriter
 from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
@@ -66,7 +67,7 @@ class PushLink:
     def __init__(
         self,
         target: WorkerId,
-        endpoint: KVEndpoint,
+        endpoint: KVEndpoint | LocalEndpoint,
         identity: Identity,
         source: KVMemory,
         report: Callable[[SourceEvent], None],
@@ -150,7 +151,11 @@ class PushLink:
             self._hang_up()
 
     def _connect(self) -> None:
-        connection: Connection = dial(self._endpoint.address, self._identity.key, frames.FromTarget)
+        connection: Connection = (
+            self._endpoint.dial()
+            if isinstance(self._endpoint, LocalEndpoint)
+            else dial(self._endpoint.address, self._identity.key, frames.FromTarget)
+        )
         try:
             self._writer = self._wrap(self._introduce(connection))
         except BaseException:
@@ -171,6 +176,8 @@ class PushLink:
         welcome = connection.receive(STALL_SECONDS)
         if not isinstance(welcome, frames.PushWelcome):
             raise HandshakeError(f"worker {self.target} refused the data connection")
+        if isinstance(self._endpoint, LocalEndpoint):
+            return MappedWriter(self._endpoint.memory)
         if self._endpoint.transport != "shm":
             return InlineWriter()
         return MappedWriter(map_memory(connection.receive_descriptor(), layout, welcome.num_blocks))

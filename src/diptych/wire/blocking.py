@@ -190,6 +190,11 @@ def listening_socket(address: str) -> tuple[socket.socket, str]:
     return sock, address
 
 
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """The two ends of a stream within this process."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
 def _exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < nbytes:

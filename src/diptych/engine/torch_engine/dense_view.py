@@ -5,8 +5,8 @@ anew in every step costs as much as attending. So a sequence that decodes gets a
 buffer: filled from its blocks once, then lengthened by one token a step. Blocks stay the truth; all of
 this can be dropped at any time.
 
-Sequences attend together with all others of their buffer, and there is one for each *size* of context:
-64, 96, 128, 192, 256, ... tokens, which keeps padding below half.
+Sequences attend together with all others of their buffer, and there is one buffer for each *size* of
+context, 64, 96, 128, 192, 256, ... tokens: so padding is less than a third of a slot.
 """
 
 from __future__ import annotations
@@ -122,7 +122,12 @@ class DenseContexts:
 
 
 class DenseView:
-    """All dense buffers of an engine: at most `limit` bytes, on top of the cache's blocks."""
+    """All dense buffers of an engine: at most `limit` bytes, on top of the cache's blocks.
+
+    A buffer counts at most two and a quarter times what its contexts take in the cache (sizes round up by
+    less than half, and there are half as many slots again for sequences to come). Memory never written to
+    is counted too, though an operating system may not back it.
+    """
 
     def __init__(self, layout: KVLayout, like: Tensor, limit: int) -> None:
         self._layout = layout

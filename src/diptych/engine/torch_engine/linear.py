@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,9 +31,18 @@ class Linear:
 
 
 def _packs(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch._C._has_mkldnn
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _packing_works()
+
+
+@cache
+def _packing_works() -> bool:
+    """Whether this processor has the instructions, and this torch the operators, which are private to it."""
+    identity = torch.eye(16, dtype=torch.bfloat16)
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        packed = torch.ops.mkldnn._reorder_linear_weight(identity)
+        product = torch.ops.mkldnn._linear_pointwise(identity, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):  # no such operator, or other arguments
+        return False
+    return torch.equal(product, identity)

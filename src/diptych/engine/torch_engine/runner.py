@@ -59,8 +59,9 @@ class TorchEngine:
         """Load a checkpoint from a directory or, failing that, by its hub id.
 
         `dtype` is "float32", "bfloat16" or "auto" (the checkpoint's own; bfloat16 for a float16 one).
-        `dense_limit` bounds, in bytes, a second copy of the contexts that are decoding (`dense_view`): memory
-        on top of the KV cache, without which a decode step takes about half as long again.
+        `dense_limit` bounds, in bytes, a second copy of the contexts that are decoding (`dense_view`), which
+        is memory on top of the KV cache; 0 does without it. CPU only. Measured with a model of 32 million
+        parameters, one thread, 16 contexts of 1,024 tokens: a step takes 24 ms with it, 40 ms without.
         `on_progress(done, total)` is called after each layer. Raises CheckpointError or ConfigError.
         """
         directory = resolve_checkpoint(path)
