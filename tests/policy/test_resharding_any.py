@@ -148,6 +148,15 @@ def test_replicas_share_the_reading(heads: int, source_ranks: int, target_ranks:
     assert len(set(reads.values())) == 1
 
 
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_equal_layouts_pair_rank_with_rank(ranks: int) -> None:
+    """Replicas too: the fewest connections, and each over its own link."""
+    layout = cut(TWO_HEADS, tensor_parallel=ranks, pipeline_parallel=2)
+    plan = plan_resharding(SequenceKV(layout, [0, 1]), SequenceKV(layout, [4, 5]), range(32))
+    assert all(part.source_rank == part.target_rank for part in plan.layers)
+    assert [len(part.ranges) for part in plan.layers] == [1] * ranks * 4
+
+
 def test_known_plan() -> None:
     """KV heads 0-3 from two ranks to one, as in the module's picture."""
     source, target = cut(num_layers=1, num_kv_heads=4, tensor_parallel=2), cut(num_layers=1, num_kv_heads=4)
@@ -157,7 +166,7 @@ def test_known_plan() -> None:
         (0, 0, (ByteRange(14 * two, 80 * two, two), ByteRange(15 * two, 82 * two, two))),
         (1, 0, (ByteRange(14 * two, 81 * two, two), ByteRange(15 * two, 83 * two, two))),
     ]
-    assert (plan.tokens, plan.first_block, plan.num_blocks) == (range(16), 0, 1)
+    assert (plan.first_token, plan.num_tokens, plan.first_block, plan.num_blocks) == (0, 16, 0, 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -213,7 +222,7 @@ def test_only_the_cut_may_differ() -> None:
         plan_resharding(SequenceKV(MODEL, [0]), SequenceKV(cut(head_dim=4), [0]), range(16))
 
 
-@pytest.mark.parametrize("tokens", [range(15, 32), range(16, 49)])
+@pytest.mark.parametrize("tokens", [range(15, 32), range(16, 49), range(16, 32, 2)])
 def test_tokens_without_a_place_are_refused(tokens: range) -> None:
     held, wide = SequenceKV(MODEL, [3, 1], first_block=1), SequenceKV(MODEL, range(9))
     with pytest.raises(ValueError, match="have no place in the source's blocks"):

@@ -219,8 +219,8 @@ class LayerTransfer:
 
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """Everything that a piece of a hand-off moves: the KV of tokens `tokens` of a sequence, per layer
-    (ascending) and pair of ranks the ranges to copy. Computed before anything moves.
+    """Everything that a piece of a hand-off moves: the KV of tokens [first_token, first_token + num_tokens)
+    of a sequence, per layer (ascending) and pair of ranks the ranges to copy. Computed before anything moves.
 
     Within a `LayerTransfer` the bytes come in logical order, by token run (see
     `policy.resharding.token_runs`), then K before V, then head: the order follows from the two layouts
@@ -229,7 +229,8 @@ class TransferPlan:
 
     source_digest: str
     target_digest: str
-    tokens: range
-    first_block: int  # the target's logical blocks [first_block, first_block + num_blocks) hold `tokens`
+    first_token: int
+    num_tokens: int
+    first_block: int  # the target's logical blocks [first_block, first_block + num_blocks) hold these tokens
     num_blocks: int
     layers: tuple[LayerTransfer, ...]

@@ -73,22 +73,23 @@ def plan_resharding(source: SequenceKV, target: SequenceKV, tokens: range) -> Tr
 
     Every byte that a target rank holds of these tokens is written exactly once, and nothing else; by the
     fewest ranges that keep logical order. Plans of adjoining token ranges add up to the plan of the whole,
-    so a prompt may be planned chunk by chunk, and each layer may leave alone. Of ranks that hold the same
-    heads, each reader takes another, and the next one with each layer.
+    so a prompt may be planned chunk by chunk, and each layer may leave alone. Of source ranks that hold the
+    same heads all read equally much: each has as many readers, or else they take turns, layer by layer.
 
     Raises ValueError if the layouts are incompatible, or if `tokens` have no place in the blocks.
     """
     if reasons := incompatibilities(source.layout, target.layout):
         raise ValueError(f"KV cannot move between these layouts: {'; '.join(reasons)}")
     for side, kv in (("source", source), ("target", target)):
-        if tokens and not kv.tokens.start <= tokens.start < tokens.stop <= kv.tokens.stop:
+        if tokens and not (tokens.step == 1 and kv.tokens.start <= tokens.start < tokens.stop <= kv.tokens.stop):
             raise ValueError(f"tokens {tokens} have no place in the {side}'s blocks, which hold {kv.tokens}")
     size = target.layout.block_size
     first_block = tokens.start // size
     return TransferPlan(
         source_digest=source.layout.digest,
         target_digest=target.layout.digest,
-        tokens=tokens,
+        first_token=tokens.start,
+        num_tokens=len(tokens),
         first_block=first_block,
         num_blocks=blocks_for(tokens.stop, size) - first_block if tokens else 0,
         layers=tuple(_layers(source, target, tokens)),
@@ -126,11 +127,13 @@ def _layers(source: SequenceKV, target: SequenceKV, tokens: range) -> Iterator[L
     ours, theirs = source.layout, target.layout
     pairs = head_pairs(ours, theirs)
     ranges = _ranges_of_pairs(source, target, tokens, pairs)
+    # A shard of several ranks is one head, which `theirs.replication` ranks read.
+    take_turns = theirs.replication % ours.replication != 0
     for layer in range(ours.num_layers):
         source_base = ours.rank(source.data_rank, ours.stage_of(layer), 0)
         target_base = theirs.rank(target.data_rank, theirs.stage_of(layer), 0)
         for pair, spans in zip(pairs, ranges, strict=True):
-            replica = (pair.reader + layer) % ours.replication
+            replica = (pair.reader + take_turns * layer) % ours.replication
             source_rank = source_base + pair.source_shard * ours.replication + replica
             yield LayerTransfer(layer, source_rank, target_base + pair.target_tensor_rank, spans)
 
