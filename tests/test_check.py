@@ -69,7 +69,12 @@ def test_files_of_layouts_and_manifests(tmp_path: Path) -> None:
 
 
 def test_a_model_directory_gives_what_is_left_open(tmp_path: Path) -> None:
-    shape = {"num_hidden_layers": 64, "hidden_size": 1024, "num_attention_heads": 8, "vocab_size": 32}
+    shape: dict[str, object] = {
+        "num_hidden_layers": 64,
+        "hidden_size": 1024,
+        "num_attention_heads": 8,
+        "vocab_size": 32,
+    }
     shape |= {"head_dim": 128, "intermediate_size": 64, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     assert read_side("", tmp_path).layout == LAYOUT

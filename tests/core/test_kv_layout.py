@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -148,7 +149,7 @@ def test_latents_are_one_vector_on_every_tensor_rank() -> None:
         ({"pipeline_parallel": 33}, "32 layers are too few for 33 pipeline stages"),
     ],
 )
-def test_uneven_cuts_are_refused(cut: dict[str, int], complaint: str) -> None:
+def test_uneven_cuts_are_refused(cut: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         replace(LLAMA_3_8B, **cut)
 

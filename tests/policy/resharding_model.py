@@ -14,6 +14,7 @@ from diptych.core.kv_layout import DTYPE_BYTES, KVLayout, KVMemory, LayerTransfe
 WORD = 4  # bytes of an element of the model: each is a number that names its place in the sequence
 UNUSED, CANARY = 0xBAD0BAD0, 0xDEADBEEF
 Words = npt.NDArray[np.uint32]
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def content(layout: KVLayout, layers: range, heads: range, token: int) -> Words:
     return places + np.uint32(token * layout.num_layers * int(np.prod(sizes)))
 
 
-def layer_of(kv: SequenceKV, memory: Words | npt.NDArray[np.uint8], rank: int, layer: int) -> memoryview:
+def layer_of(kv: SequenceKV, memory: Words | Bytes, rank: int, layer: int) -> memoryview:
     """One layer's bytes, through the addressing that transports use."""
-    view = memoryview(memory.reshape(-1).view(np.uint8))
+    view = memoryview(memory.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     return KVMemory(kv.layout, num_blocks(kv), view, rank).layer(layer)
 
 
-def execute(plan: TransferPlan, case: Case, source: dict[int, Words], target: dict[int, Words]) -> dict[int, Words]:
+def execute(plan: TransferPlan, case: Case, source: dict[int, Words], target: dict[int, Words]) -> dict[int, Bytes]:
     """Carry out a plan by plain slicing. Returns how often each byte of the target was written."""
     writes = {rank: np.zeros(memory.nbytes, dtype=np.uint8) for rank, memory in target.items()}
     for part in plan.layers:
