@@ -53,8 +53,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", {"head_dim": 24, "sliding_window": None, "num_key_value_heads": 1}),
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "num_attention_heads": 8, "num_key_value_heads": 8}),
     "qwen3": ("Qwen3", {"head_dim": 32, "rms_norm_eps": 1e-5}),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 32,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
     "yarn": (
         "Llama",
         {
@@ -75,8 +87,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def make_checkpoint(family: str, directory: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a checkpoint of `family` (a key of FAMILIES) to a subdirectory of `directory`; returns its path.
 
-    `overrides` go into config.json, but for two: `dtype` (default "float32") and `max_shard_size`, which
-    are how the weights are saved. The same arguments give the same bytes; existing ones are reused.
+    `overrides` go into config.json, but for three that are how the weights are saved: `dtype` (default
+    "float32"), `max_shard_size` and `fused_experts` (default False: one tensor per projection).
+    The same arguments give the same bytes; existing ones are reused.
     """
     name = "-".join([family, str(seed), *(f"{key}={value}" for key, value in sorted(overrides.items()))])
     path = directory / "".join(c if c.isalnum() or c in "-=._" else "_" for c in name)
@@ -94,6 +107,7 @@ def _write_model(family: str, path: Path, seed: int, overrides: dict[str, Any]) 
     settings = {**_SHARED, **differences, **overrides}
     dtype = getattr(torch, settings.pop("dtype", "float32"))
     max_shard_size = settings.pop("max_shard_size", "1GB")
+    fused_experts = settings.pop("fused_experts", False)
     config = getattr(transformers, f"{prefix}Config")(**settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -103,7 +117,7 @@ def _write_model(family: str, path: Path, seed: int, overrides: dict[str, Any]) 
                 torch.nn.init.normal_(parameter, std=0.2)
             elif parameter.dim() == 1:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size, save_original_format=not fused_experts)
 
 
 def write_tokenizer(path: Path) -> None:

@@ -38,21 +38,26 @@ def _directory() -> str:
     return directory
 
 
+def _path(model: str | Path) -> Path:
+    """A checkpoint, or that of a family."""
+    return model if isinstance(model, Path) else checkpoint(model)
+
+
 @cache
-def reference(family: str) -> Any:
+def reference(model: str | Path) -> Any:
     """The same checkpoint in `transformers`."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(_path(model)).eval()
 
 
-def expected_tokens(family: str, prompt: list[int], num_tokens: int) -> list[int]:
+def expected_tokens(model: str | Path, prompt: list[int], num_tokens: int) -> list[int]:
     """What greedy `generate` of `transformers` answers."""
     inputs = torch.tensor([prompt])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        output = reference(family).generate(
+        output = reference(model).generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
         )
     return list(output[0, len(prompt) :].tolist())
@@ -66,8 +71,8 @@ def random_prompt(length: int, seed: int = 0) -> list[int]:
 class Harness:
     """One engine over `NUM_BLOCKS` blocks that are full of NaN until written, handed out in random order."""
 
-    def __init__(self, family: str, **load: Any) -> None:
-        self.engine = TorchEngine.load(checkpoint(family), **load)
+    def __init__(self, model: str | Path, **load: Any) -> None:
+        self.engine = TorchEngine.load(_path(model), **load)
         self.memory = self.engine.allocate_kv(NUM_BLOCKS, lambda nbytes: memoryview(bytearray(b"\xff" * nbytes)))
         self._free = list(range(NUM_BLOCKS))
         random.Random(7).shuffle(self._free)

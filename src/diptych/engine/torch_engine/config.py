@@ -18,14 +18,30 @@ class Family:
 
     qk_norm: bool = False
     qkv_bias: bool | None = None  # None: config.json says (`attention_bias`)
+    window_switch: bool = True  # whether a `sliding_window` counts only with `use_sliding_window`
+    experts: bool = False
+    rope_theta: float = 10_000.0  # where config.json has none
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(qkv_bias=False),
+    "MistralForCausalLM": Family(qkv_bias=False, window_switch=False),
+    "MixtralForCausalLM": Family(qkv_bias=False, window_switch=False, experts=True, rope_theta=1e6),
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """The mixture that takes the place of the MLP in the layers listed."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    per_token: int
+    intermediate_size: int  # of one expert
+    normalized: bool  # whether the weights of a token's experts are scaled to add up to 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +65,7 @@ class ModelConfig:
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    experts: ExpertsConfig | None
     dtype: str
     eos_token_ids: tuple[int, ...]
 
@@ -58,6 +75,10 @@ class ModelConfig:
         if self.rope.kind == "yarn":
             return max(self.max_position_embeddings, int(self.rope.factor * self.rope.original_max_len))
         return self.max_position_embeddings
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The mixture in that layer; None where it has an MLP."""
+        return self.experts if self.experts is not None and layer in self.experts.layers else None
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -93,14 +114,15 @@ def parse_config(raw: Mapping[str, Any], eos_token_id: object = None) -> ModelCo
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        rope=_rope(raw, max_positions),
+        rope=_rope(raw, max_positions, family.rope_theta),
         max_position_embeddings=max_positions,
-        sliding_window=_sliding_window(raw, architecture),
+        sliding_window=_sliding_window(raw, family),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.qkv_bias is None else False,
         mlp_bias=architecture == "LlamaForCausalLM" and bool(raw.get("mlp_bias", False)),
         qk_norm=family.qk_norm,
+        experts=_experts(raw, architecture) if family.experts else None,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         eos_token_ids=_eos(raw.get("eos_token_id") if eos_token_id is None else eos_token_id),
     )
@@ -156,7 +178,34 @@ def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
+def _experts(raw: Mapping[str, Any], architecture: str) -> ExpertsConfig:
+    """Both spellings of the number of experts: which of the two depends on what saved the checkpoint."""
+    count_name = "num_experts" if "num_experts" in raw else "num_local_experts"
+    num_experts = _size(raw, count_name)
+    per_token = _size(raw, "num_experts_per_tok")
+    if per_token > num_experts:
+        raise _wrong("num_experts_per_tok", per_token, f"at most {count_name} ({num_experts})")
+    num_layers = _size(raw, "num_hidden_layers")
+    mixtral = architecture == "MixtralForCausalLM"
+    return ExpertsConfig(
+        layers=tuple(range(num_layers)) if mixtral else _sparse_layers(raw, num_layers),
+        num_experts=num_experts,
+        per_token=per_token,
+        intermediate_size=_size(raw, "intermediate_size" if mixtral else "moe_intermediate_size"),
+        normalized=mixtral or bool(raw.get("norm_topk_prob", False)),
+    )
+
+
+def _sparse_layers(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Every `decoder_sparse_step`-th layer, counting from one, but for those in `mlp_only_layers`."""
+    step = _size(raw, "decoder_sparse_step", 1)
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(not isinstance(layer, int) or isinstance(layer, bool) for layer in dense):
+        raise _wrong("mlp_only_layers", dense, "a list of layer numbers")
+    return tuple(layer for layer in range(step - 1, num_layers, step) if layer not in dense)
+
+
+def _rope(raw: Mapping[str, Any], max_positions: int, default_theta: float) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (before)."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(given, dict):
@@ -174,7 +223,7 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
         raise _wrong("rope factor", None, f"set for rope_type {kind!r}")
     return RopeConfig(
         kind=kind,
-        theta=_number(given, "rope_theta", _number(raw, "rope_theta", default.theta)),
+        theta=_number(given, "rope_theta", _number(raw, "rope_theta", default_theta)),
         factor=_number(given, "factor", max_positions / original),
         original_max_len=original,
         low_freq_factor=_number(given, "low_freq_factor", default.low_freq_factor),
@@ -188,9 +237,9 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
     )
 
 
-def _sliding_window(raw: Mapping[str, Any], architecture: str) -> int | None:
+def _sliding_window(raw: Mapping[str, Any], family: Family) -> int | None:
     """The window in tokens if any layer would use one. Qwen carries a number that a switch turns on."""
-    switched_on = architecture == "MistralForCausalLM" or bool(raw.get("use_sliding_window", False))
+    switched_on = not family.window_switch or bool(raw.get("use_sliding_window", False))
     if switched_on and raw.get("sliding_window") is not None:
         return _size(raw, "sliding_window")
     return None

@@ -25,7 +25,7 @@ class Attend(Protocol):
 
 
 class Decoder:
-    """A pre-norm decoder with rotary positions, grouped-query attention and a SwiGLU MLP."""
+    """A pre-norm decoder with rotary positions, grouped-query attention and a feed-forward, dense or sparse."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self._config = config
@@ -43,7 +43,7 @@ class Decoder:
             if index == last:  # nobody reads the other tokens any more
                 hidden, attended = hidden[outputs], attended[outputs]
             hidden += layer.output(attended)
-            hidden += self._mlp(layer, self._norm(hidden, layer.mlp_norm))
+            hidden += layer.mlp(self._norm(hidden, layer.mlp_norm))
         return self._weights.lm_head(self._norm(hidden, self._weights.norm))
 
     def _project(
@@ -59,10 +59,6 @@ class Decoder:
             queries_keys = torch.cat((queries, keys), dim=1)
         rotated = rotate(queries_keys, *angles)
         return rotated[:, :first_key], rotated[:, first_key:], values
-
-    def _mlp(self, layer: LayerWeights, normed: Tensor) -> Tensor:
-        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-        return layer.down(functional.silu(gate).mul_(up))
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019) over the last dimension."""

@@ -14,8 +14,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diptych.core.errors import CheckpointError
-from diptych.engine.torch_engine.config import ModelConfig
+from diptych.engine.torch_engine.config import ExpertsConfig, ModelConfig
+from diptych.engine.torch_engine.experts import LocalExperts, MixtureOfExperts, Router
 from diptych.engine.torch_engine.linear import Linear
+from diptych.engine.torch_engine.mlp import FeedForward, SwiGLU
+from diptych.engine.torch_engine.tensor_names import (
+    EXPERT_NAMES,
+    FUSED_DOWN,
+    FUSED_GATE_UP,
+    FUSED_ROUTER,
+    expected_shapes,
+    experts_are_fused,
+)
 
 OnProgress = Callable[[int, int], None]
 
@@ -28,7 +38,7 @@ _SAMPLES_PER_TENSOR = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One decoder layer. `qkv` yields query, key and value heads in that order; `gate_up` gate, then up."""
+    """One decoder layer. `qkv` yields query, key and value heads in that order."""
 
     input_norm: Tensor
     qkv: Linear
@@ -36,8 +46,7 @@ class LayerWeights:
     k_norm: Tensor | None
     output: Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: FeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +59,6 @@ class ModelWeights:
     lm_head: Linear
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this config must hold, by its Hugging Face name."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_heads * dim, config.num_kv_heads * dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    biased = [("self_attn.q_proj", config.qkv_bias), ("self_attn.k_proj", config.qkv_bias)]
-    biased += [("self_attn.v_proj", config.qkv_bias), ("self_attn.o_proj", config.output_bias)]
-    biased += [(f"mlp.{name}_proj", config.mlp_bias) for name in ("gate", "up", "down")]
-    layer |= {f"{name}.bias": layer[f"{name}.weight"][:1] for name, present in biased if present}
-    if config.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
 class WeightReader:
     """Reads named tensors out of one checkpoint, checking names and shapes first.
 
@@ -89,7 +68,8 @@ class WeightReader:
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._files = _open_shards(directory)
-        self._shapes = expected_shapes(config)
+        self.fused_experts = experts_are_fused(self._files)
+        self._shapes = expected_shapes(config, self.fused_experts)
         self._dtype = dtype
         self._device = device
         self._digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
@@ -132,7 +112,7 @@ def load_weights(reader: WeightReader, config: ModelConfig, on_progress: OnProgr
     total = config.num_layers + 1
     layers = []
     for index in range(config.num_layers):
-        layers.append(_load_layer(reader, f"model.layers.{index}.", config))
+        layers.append(_load_layer(reader, index, config))
         if on_progress is not None:
             on_progress(index + 1, total)
     embedding = reader.read("model.embed_tokens.weight")
@@ -143,24 +123,65 @@ def load_weights(reader: WeightReader, config: ModelConfig, on_progress: OnProgr
     return ModelWeights(embedding, tuple(layers), norm, Linear(lm_head, None))
 
 
-def _load_layer(reader: WeightReader, prefix: str, config: ModelConfig) -> LayerWeights:
-    def norm(name: str) -> Tensor:
-        return reader.read(f"{prefix}{name}.weight")
+class _LayerReader:
+    """Reads the tensors of one layer, by their names below it."""
 
-    def linear(biased: bool, *names: str) -> Linear:
-        weight = reader.read(*(f"{prefix}{name}.weight" for name in names))
-        return Linear(weight, reader.read(*(f"{prefix}{name}.bias" for name in names)) if biased else None)
+    def __init__(self, reader: WeightReader, index: int) -> None:
+        self._reader = reader
+        self._prefix = f"model.layers.{index}."
 
+    def tensor(self, name: str) -> Tensor:
+        return self._reader.read(self._prefix + name)
+
+    def linear(self, *names: str, biased: bool = False) -> Linear:
+        """Projections of the same rows, as one."""
+        weight = self._reader.read(*(f"{self._prefix}{name}.weight" for name in names))
+        bias = self._reader.read(*(f"{self._prefix}{name}.bias" for name in names)) if biased else None
+        return Linear(weight, bias)
+
+    def linears(self, name: str) -> list[Linear]:
+        """One per expert, out of a tensor that holds them all."""
+        return [Linear(weight, None) for weight in self.tensor(name)]
+
+
+def _load_layer(reader: WeightReader, index: int, config: ModelConfig) -> LayerWeights:
+    layer = _LayerReader(reader, index)
+    experts = config.experts_of(index)
+    if experts is None:
+        gate_up = layer.linear("mlp.gate_proj", "mlp.up_proj", biased=config.mlp_bias)
+        mlp: FeedForward = SwiGLU(gate_up, layer.linear("mlp.down_proj", biased=config.mlp_bias))
+    elif reader.fused_experts:
+        mlp = _load_fused_experts(layer, experts)
+    else:
+        mlp = _load_experts(layer, config.architecture, experts)
     return LayerWeights(
-        input_norm=norm("input_layernorm"),
-        qkv=linear(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
-        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        output=linear(config.output_bias, "self_attn.o_proj"),
-        mlp_norm=norm("post_attention_layernorm"),
-        gate_up=linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
-        down=linear(config.mlp_bias, "mlp.down_proj"),
+        input_norm=layer.tensor("input_layernorm.weight"),
+        qkv=layer.linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", biased=config.qkv_bias),
+        q_norm=layer.tensor("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=layer.tensor("self_attn.k_norm.weight") if config.qk_norm else None,
+        output=layer.linear("self_attn.o_proj", biased=config.output_bias),
+        mlp_norm=layer.tensor("post_attention_layernorm.weight"),
+        mlp=mlp,
     )
+
+
+def _load_experts(layer: _LayerReader, architecture: str, config: ExpertsConfig) -> MixtureOfExperts:
+    names = EXPERT_NAMES[architecture]
+    experts = [
+        SwiGLU(layer.linear(*names.gate_up_of(expert)), layer.linear(names.down_of(expert)))
+        for expert in range(config.num_experts)
+    ]
+    return _mixture(layer.linear(names.router), experts, config)
+
+
+def _load_fused_experts(layer: _LayerReader, config: ExpertsConfig) -> MixtureOfExperts:
+    pairs = zip(layer.linears(FUSED_GATE_UP), layer.linears(FUSED_DOWN), strict=True)
+    return _mixture(layer.linear(FUSED_ROUTER), [SwiGLU(gate_up, down) for gate_up, down in pairs], config)
+
+
+def _mixture(gate: Linear, experts: list[SwiGLU], config: ExpertsConfig) -> MixtureOfExperts:
+    router = Router(gate, config.per_token, config.normalized)
+    return MixtureOfExperts(router, config.num_experts, LocalExperts(experts))
 
 
 def _open_shards(directory: Path) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""A sparse mixture of experts (Shazeer et al. 2017): each token goes through the few feed-forwards a router picks.
+
+    rows -> Router -> Routing -> group_by_expert -> rows in expert order -> compute -> combine -> rows
+
+`compute` is where the experts are. It sees rows grouped by expert and how many each expert has, and answers in
+the same order, so one whose experts lie on several ranks sends each rank one slice of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diptych.engine.torch_engine.linear import Linear
+from diptych.engine.torch_engine.mlp import FeedForward
+
+# Rows [A, hidden] in expert order and the number of them for each expert; returns [A, hidden].
+ComputeExperts = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts each of T tokens goes to: ids [T, k], int64, the heaviest first, and weights [T, k]."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+class Router:
+    """Picks the `per_token` experts of highest probability; `normalized` makes their weights add up to 1.
+
+    Probabilities are a softmax over all experts in float32, whatever the logits are in, as in the published
+    Mixtral and Qwen3-MoE. Among equal probabilities `torch.topk` picks as it does there.
+    """
+
+    def __init__(self, gate: Linear, per_token: int, normalized: bool) -> None:
+        self._gate = gate
+        self._per_token = per_token
+        self._normalized = normalized
+
+    def __call__(self, rows: Tensor) -> Routing:
+        """Rows [T, hidden]; the weights come in their dtype."""
+        probabilities = self._gate(rows).softmax(dim=-1, dtype=torch.float32)
+        weights, experts = probabilities.topk(self._per_token, dim=-1)
+        if self._normalized:
+            weights /= weights.sum(dim=-1, keepdim=True)
+        return Routing(experts, weights.to(rows.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The A = T * k pairs of a token and an expert, in order of experts and, within one, of tokens.
+
+    `tokens` [A] is the token of each pair, `places` [T, k] where each pair of a routing has gone, and `counts`
+    the number of pairs of each expert.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    counts: list[int]
+
+
+def group_by_expert(experts: Tensor, num_experts: int) -> Groups:
+    """Sort the pairs of a routing, experts [T, k], by expert."""
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    return Groups(order // experts.shape[1], places.view_as(experts), counts)
+
+
+def combine(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum [T, hidden] of each token's k rows of `outputs` [A, hidden], found at `places` [T, k]."""
+    return functional.embedding_bag(places, outputs, mode="sum", per_sample_weights=weights)
+
+
+class LocalExperts:
+    """All experts in this process: one feed-forward per expert that has rows, none for the others."""
+
+    def __init__(self, experts: Sequence[FeedForward]) -> None:
+        self._experts = tuple(experts)
+
+    def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See `ComputeExperts`."""
+        outputs = torch.empty_like(rows)
+        first = 0
+        for expert, count in zip(self._experts, counts, strict=True):
+            if count:
+                outputs[first : first + count] = expert(rows[first : first + count])
+                first += count
+        return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """A feed-forward of `num_experts` experts, wherever `compute` has them."""
+
+    router: Router
+    num_experts: int
+    compute: ComputeExperts
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        routing = self.router(rows)
+        groups = group_by_expert(routing.experts, self.num_experts)
+        outputs = self.compute(rows[groups.tokens], groups.counts)
+        return combine(outputs, groups.places, routing.weights)
