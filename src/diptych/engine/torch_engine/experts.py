@@ -18,7 +18,8 @@ from torch.nn import functional
 from diptych.engine.torch_engine.linear import Linear
 from diptych.engine.torch_engine.mlp import FeedForward
 
-# Rows [A, hidden] in expert order and the number of them for each expert; returns [A, hidden].
+# Rows [A, hidden] in expert order, which it may overwrite, and the number of them for each expert; returns
+# [A, hidden].
 ComputeExperts = Callable[[Tensor, Sequence[int]], Tensor]
 
 
@@ -86,14 +87,14 @@ class LocalExperts:
         self._experts = tuple(experts)
 
     def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """See `ComputeExperts`."""
-        outputs = torch.empty_like(rows)
+        """See `ComputeExperts`. In place: a second tensor of that size would cost its page faults anew each time."""
         first = 0
         for expert, count in zip(self._experts, counts, strict=True):
             if count:
-                outputs[first : first + count] = expert(rows[first : first + count])
+                some = rows[first : first + count]
+                some.copy_(expert(some))
                 first += count
-        return outputs
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
