@@ -60,12 +60,14 @@ class Pages(Message, frozen=True):
 
 
 class Close(Message, frozen=True):
-    """All pages have been sent; decode goes on from this token."""
+    """All pages have been sent; decode goes on from this token. `payload` is whatever else the source
+    wants to say (public sessions; workers leave it empty)."""
 
     request_id: str
     nonce: bytes
     epoch: Epoch
     token: SampledToken
+    payload: bytes = b""
 
 
 class Stopped(Message, frozen=True):

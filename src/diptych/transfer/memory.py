@@ -46,9 +46,12 @@ class SharedMemory:
         return memoryview(self._map)
 
     def close(self) -> None:
-        """Give the memory back. Raises BufferError while somebody still holds a view."""
+        """Give the memory back. Raises BufferError while somebody still holds a view; it goes with the last
+        one then, but nobody else can map it any more."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
         self._map.close()
-        os.close(self.descriptor)
 
 
 def _too_much(nbytes: int, why: str) -> str:

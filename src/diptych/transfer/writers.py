@@ -8,6 +8,7 @@ import numpy as np
 
 from diptych.core.errors import TransferError
 from diptych.core.kv_layout import ByteRange, KVMemory, LayerTransfer
+from diptych.core.ports import PageSource
 
 
 class MappedWriter:
@@ -16,7 +17,7 @@ class MappedWriter:
     def __init__(self, target: KVMemory) -> None:
         self._target = target
 
-    def write(self, transfer: LayerTransfer, source: KVMemory) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
         """Copy now. Raises TransferError, having written nothing, if a range leaves the layer."""
         theirs, ours = self._target.layer(transfer.layer), source.layer(transfer.layer)
         for span in transfer.ranges:
@@ -33,7 +34,7 @@ class MappedWriter:
 class InlineWriter:
     """Into the frame: the bytes follow the message, sent straight out of the source's memory."""
 
-    def write(self, transfer: LayerTransfer, source: KVMemory) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
         """The buffers to send, in order of the ranges (which are in order of the logical blocks)."""
         ours = source.layer(transfer.layer)
         for span in transfer.ranges:
