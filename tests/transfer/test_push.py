@@ -36,6 +36,7 @@ from diptych.core.fleet import KVEndpoint
 from diptych.core.kv_layout import KVMemory
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
+from diptych.transfer import sender
 from diptych.transfer.faulty import Fault, FaultyWriter
 from diptych.transfer.sender import Identity, PushLink
 from diptych.transfer.writers import InlineWriter, MappedWriter
@@ -91,6 +92,23 @@ def test_chunks_layers_in_any_order_and_duplicates_arrive(transport: str, tmp_pa
         assert made.at_target.next() == HandoffComplete("r1", TOKEN)
         assert_arrived(made, source_blocks, target_blocks, 0)
         assert made.receiver.book.counts["duplicate pages"] == len(jobs) // 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("pages_per_frame", [1, 2, 5])
+def test_a_layer_may_take_several_frames(
+    transport: str, pages_per_frame: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "FRAME_BYTES", pages_per_frame * LAYOUT.block_bytes)
+    for number, tables in enumerate((random_tables(6, 9), (list(range(3, 12)), tuple(range(9))))):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with world(transport, directory) as made:
+            claims = claims_for("r1", tables[1], first_block=1)
+            made.receiver.expect(claims)
+            made.push_all(made.link(), claims, tables[0])
+            assert made.at_target.next() == HandoffComplete("r1", TOKEN)
+            assert_arrived(made, *tables, 1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -227,11 +245,13 @@ def test_memory_in_the_same_process_is_written_directly() -> None:
     before = bytes(target.buffer)
     plan = plan_transfer(LAYOUT, LAYOUT, [4, 5, 0], [2, 3, 9], first_block=0)
     size = LAYOUT.block_bytes
+    looks: list[tuple[int, int]] = []
     for transfer in plan.layers:
-        assert not MappedWriter(target).write(transfer, source)
-        inline = InlineWriter().write(transfer, source)
+        assert not MappedWriter(target).write(transfer, source, lambda *look: looks.append(look))
+        inline = InlineWriter().write(transfer, source, lambda *look: looks.append(look))
         assert [len(part) for part in inline] == [2 * size, size]
         assert inline[0].obj is source.buffer.obj  # no copy
+    assert looks == [(4 * size, 2 * size), (0, size)] * 2 * len(LAYERS)
     for layer in LAYERS:
         for block in range(NUM_BLOCKS):
             place = slice(block * size, (block + 1) * size)
