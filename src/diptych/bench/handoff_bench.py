@@ -278,8 +278,9 @@ Rates in GB/s, medians of rounds in which every column takes its turn. A hand-of
 another, as one session of {NUM_LAYERS} layers over one connection (several streams are not built), from the first push
 until the target has verified every page and accepted. memcpy is numpy's `copyto` of as many bytes, within one
 process. The raw socket is our own loopback measurement over TCP ({_iperf3()}): once from and into
-memory as large as the KV, and once from and into one buffer of {SOCKET_BUFFER_BYTES >> 10} KiB, as iperf3 does it, which stays in
-the cache. A digest pass reads every page once, alone; a hand-off makes two, one on each side, beside the copying.
+memory as large as the KV, and once from and into one buffer of {SOCKET_BUFFER_BYTES >> 10} KiB, as iperf3 does it,
+which stays in the cache. A digest pass reads every page once, alone; a hand-off makes two, one on each side, beside the
+copying.
 """
 
 
