@@ -8,23 +8,15 @@ import os
 import tempfile
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from diptych.core.errors import ConfigError, TransferError
 from diptych.core.kv_layout import ByteRange, KVLayout, KVMemory, LayerTransfer
-from diptych.policy.resharding import plan_transfer
-from diptych.transfer import writers
 from diptych.transfer.memory import SharedMemory, map_memory
-from diptych.transfer.writers import InlineWriter, MappedWriter, cut_ranges
+from diptych.transfer.writers import InlineWriter, MappedWriter
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="uint8", block_size=16)
 NUM_BLOCKS = 3
 SIZE = LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes
-
-
-def nothing(offset: int, length: int) -> None:
-    """Nobody looks on."""
 
 
 def test_what_one_writes_the_other_sees() -> None:
@@ -99,46 +91,8 @@ def test_no_writer_leaves_its_layer(span: ByteRange) -> None:
     good = ByteRange(0, 0, LAYOUT.block_bytes)
     for writer in (MappedWriter(target), InlineWriter()):
         with pytest.raises(TransferError, match="leaves a layer"):
-            writer.write(LayerTransfer(0, 0, 0, (good, span)), source, nothing)
+            writer.write(LayerTransfer(0, 0, 0, (good, span)), source)
     swapped = ByteRange(span.target_offset, span.source_offset, span.length)
     with pytest.raises(TransferError, match="leaves a layer"):
-        MappedWriter(target).write(LayerTransfer(0, 0, 0, (good, swapped)), source, nothing)
+        MappedWriter(target).write(LayerTransfer(0, 0, 0, (good, swapped)), source)
     assert not any(target.buffer)  # all or nothing
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(1, 20))), st.integers(1, 100))
-def test_cut_ranges_are_the_same_ranges(spans: list[tuple[int, int, int]], nbytes: int) -> None:
-    size = 16
-    ranges = tuple(ByteRange(*(blocks * size for blocks in span)) for span in spans)
-    pieces = cut_ranges(ranges, size, nbytes)
-    bytes_of = [
-        [(span.source_offset + n, span.target_offset + n) for span in piece for n in range(span.length)]
-        for piece in (ranges, *pieces)
-    ]
-    assert bytes_of[0] == sum(bytes_of[1:], [])
-    assert all(len(piece) == max(nbytes // size, 1) * size for piece in bytes_of[1:-1])
-    assert all(0 < len(piece) <= max(nbytes, size) for piece in bytes_of[1:])
-
-
-@given(st.permutations(range(9)), st.permutations(range(9)), st.integers(1, 4))
-def test_a_mapped_writer_copies_in_small_steps(source_blocks: list[int], blocks: list[int], most: int) -> None:
-    """Steps of whole blocks, each of which is there when it is announced."""
-    layout = KVLayout(num_layers=1, num_kv_heads=1, head_dim=4, dtype="uint8", block_size=1)
-    size = layout.block_bytes
-    source = KVMemory(layout, 9, memoryview(bytes(range(9 * size))))
-    target = KVMemory(layout, 9, memoryview(bytearray(9 * size)))
-    (transfer,) = plan_transfer(layout, layout, source_blocks, blocks, first_block=0).layers
-    there = [byte for block in blocks for byte in range(block * size, (block + 1) * size)]
-    seen: list[int] = []
-
-    def look(offset: int, length: int) -> None:
-        assert 0 < length <= most * size
-        assert length % size == 0
-        for byte in source.buffer[offset : offset + length]:
-            assert target.buffer[there[len(seen)]] == byte
-            seen.append(byte)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writers, "CACHED_BYTES", most * size)
-        MappedWriter(target).write(transfer, source, look)
-    assert seen == [byte for block in source_blocks for byte in range(block * size, (block + 1) * size)]

@@ -36,7 +36,7 @@ from diptych.core.fleet import KVEndpoint
 from diptych.core.kv_layout import KVMemory
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
-from diptych.transfer import sender
+from diptych.transfer import pieces
 from diptych.transfer.faulty import Fault, FaultyWriter
 from diptych.transfer.sender import Identity, PushLink
 from diptych.transfer.writers import InlineWriter, MappedWriter
@@ -99,7 +99,8 @@ def test_chunks_layers_in_any_order_and_duplicates_arrive(transport: str, tmp_pa
 def test_a_layer_may_take_several_frames(
     transport: str, pages_per_frame: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender, "FRAME_BYTES", pages_per_frame * LAYOUT.block_bytes)
+    monkeypatch.setattr(pieces, "FRAME_BYTES", pages_per_frame * LAYOUT.block_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2 * LAYOUT.block_bytes)
     for number, tables in enumerate((random_tables(6, 9), (list(range(3, 12)), tuple(range(9))))):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -245,13 +246,11 @@ def test_memory_in_the_same_process_is_written_directly() -> None:
     before = bytes(target.buffer)
     plan = plan_transfer(LAYOUT, LAYOUT, [4, 5, 0], [2, 3, 9], first_block=0)
     size = LAYOUT.block_bytes
-    looks: list[tuple[int, int]] = []
     for transfer in plan.layers:
-        assert not MappedWriter(target).write(transfer, source, lambda *look: looks.append(look))
-        inline = InlineWriter().write(transfer, source, lambda *look: looks.append(look))
+        assert not MappedWriter(target).write(transfer, source)
+        inline = InlineWriter().write(transfer, source)
         assert [len(part) for part in inline] == [2 * size, size]
         assert inline[0].obj is source.buffer.obj  # no copy
-    assert looks == [(4 * size, 2 * size), (0, size)] * 2 * len(LAYERS)
     for layer in LAYERS:
         for block in range(NUM_BLOCKS):
             place = slice(block * size, (block + 1) * size)

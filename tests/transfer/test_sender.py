@@ -14,7 +14,7 @@ from transfer_harness import KEY, LAYOUT, NUM_BLOCKS, SOCKET_TRANSPORTS, TOKEN, 
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint
 from diptych.core.kv_layout import KVMemory, LayerTransfer
-from diptych.core.ports import OnRead, PageSource, PageWriter
+from diptych.core.ports import PageSource, PageWriter
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
 from diptych.transfer import frames, sender
@@ -321,10 +321,10 @@ class GatedWriter:
         self._writer = writer
         self.begun, self.may_go_on = threading.Event(), threading.Event()
 
-    def write(self, transfer: LayerTransfer, source: PageSource, on_read: OnRead) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
         self.begun.set()
         assert self.may_go_on.wait(20)
-        return self._writer.write(transfer, source, on_read)
+        return self._writer.write(transfer, source)
 
 
 @contextlib.contextmanager

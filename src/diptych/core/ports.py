@@ -18,7 +18,6 @@ from diptych.core.timeline import Timeline
 
 OnLayer = Callable[[int], None]
 AllocateKV = Callable[[int], memoryview]
-OnRead = Callable[[int, int], None]
 
 
 class Engine(Protocol):
@@ -68,13 +67,9 @@ class PageWriter(Protocol):
     """How pages get from the source's KV memory into the target's. Implemented by `transfer.writers`;
     `transfer.faulty` spoils them on purpose."""
 
-    def write(self, transfer: LayerTransfer, source: PageSource, on_read: OnRead) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
         """Move one layer's ranges. Returns the bytes that must travel in the frame itself, in order of
         the ranges: all of them over TCP, none with mapped memory (already in place when this returns).
-
-        `on_read(source_offset, length)` is called for all of the ranges, in order, in whole blocks: as soon
-        as they have been read, so that the caller can have another look while they are in the CPU's cache.
-
         Raises TransferError, having written nothing, if a range lies outside the memory."""
         ...
 

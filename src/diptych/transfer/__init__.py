@@ -16,6 +16,7 @@ sender      PushLink: the source's side, one per target
 receiver    KVReceiver: the target's side, one per worker
 incoming    what the receiver knows of each ticket it granted
 local       the in-process endpoint
+pieces      in what portions pages are moved
 writers     how bytes reach the target: mapped memory, or in the frame
 memory      KV memory that other processes can map
 digest      what a page's bytes amount to

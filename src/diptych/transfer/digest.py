@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from diptych.core.blocks import BlockId
@@ -18,21 +17,10 @@ from diptych.core.ports import PageSource
 
 DIGEST_BYTES = 8
 
-Pages = npt.NDArray[np.uint8]
-
 _digest: Callable[[Any], bytes] = xxhash.xxh3_64_digest
-
-
-def layer_pages(memory: PageSource, layer: int) -> Pages:
-    """One layer's bytes, a row for each block."""
-    return np.frombuffer(memory.layer(layer), dtype=np.uint8).reshape(-1, memory.layout.block_bytes)
-
-
-def page_digests(pages: Iterable[Pages]) -> bytes:
-    """Digests of some pages (rows of `layer_pages`), in their order."""
-    return b"".join(map(_digest, pages))
 
 
 def layer_digests(memory: PageSource, layer: int, blocks: Iterable[BlockId]) -> bytes:
     """Digests of some blocks' bytes as they are now."""
-    return page_digests(map(layer_pages(memory, layer).__getitem__, blocks))
+    pages = np.frombuffer(memory.layer(layer), dtype=np.uint8).reshape(-1, memory.layout.block_bytes)
+    return b"".join(map(_digest, map(pages.__getitem__, blocks)))

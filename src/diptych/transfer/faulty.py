@@ -8,7 +8,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from diptych.core.kv_layout import ByteRange, LayerTransfer
-from diptych.core.ports import OnRead, PageSource, PageWriter
+from diptych.core.ports import PageSource, PageWriter
 from diptych.transfer.arrays import KVPages
 
 
@@ -31,14 +31,8 @@ class FaultyWriter:
         self._random = random.Random(seed)
         self._writes = 0
 
-    def write(self, transfer: LayerTransfer, source: PageSource, on_read: OnRead) -> Sequence[memoryview]:
-        """As the wrapped writer, or worse. Who looks on sees what should have been read."""
-        payload = self._writer.write(*self._spoil(transfer, source), lambda offset, length: None)
-        for span in transfer.ranges:
-            on_read(span.source_offset, span.length)
-        return payload
-
-    def _spoil(self, transfer: LayerTransfer, source: PageSource) -> tuple[LayerTransfer, PageSource]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
+        """As the wrapped writer, or worse."""
         fault = self._plan.get(self._writes)
         self._writes += 1
         *others, last = transfer.ranges
@@ -58,7 +52,7 @@ class FaultyWriter:
                 places = zip(pages, reversed(pages), strict=True)
                 swapped = tuple(replace(page, source_offset=other.source_offset) for page, other in places)
                 transfer = replace(transfer, ranges=swapped)
-        return transfer, source
+        return self._writer.write(transfer, source)
 
     def _spoiled(self, source: PageSource, layer: int, page: ByteRange, fault: Fault) -> KVPages:
         """A copy of the source's layer with one page wrong."""

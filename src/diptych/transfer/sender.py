@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from diptych.core.errors import HandshakeError, PeerError, TransferError
@@ -22,16 +22,16 @@ from diptych.core.ports import PageSource, PageWriter
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
-from diptych.transfer.digest import layer_pages, page_digests
+from diptych.transfer.digest import layer_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
-from diptych.transfer.writers import InlineWriter, MappedWriter, Ranges, cut_ranges
+from diptych.transfer.pieces import Piece, Ranges, frames_of
+from diptych.transfer.writers import InlineWriter, MappedWriter
 from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
 log = logging.getLogger(__name__)
 
-FRAME_BYTES = 4 << 20  # of pages behind one message
 
 SourceEvent = PushAccepted | PushRejected | PushCancelled | LinkLost | PushStopped
 Connection = BlockingConnection[frames.FromTarget]
@@ -88,7 +88,7 @@ class PushLink:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._writer: PageWriter = InlineWriter()
-        self._cut: tuple[Ranges, list[Ranges]] = ((), [])
+        self._cut: tuple[Ranges, list[list[Piece]]] = ((), [])
         self._sender = threading.Thread(target=self._send_jobs, name=f"push to {target}", daemon=True)
         self._reader: threading.Thread | None = None
         self._sender.start()
@@ -232,29 +232,28 @@ class PushLink:
             if transfer.layer != layer:
                 continue
             first_block = plan.first_block
-            for piece in self._pieces(transfer):
-                digests, payload = self._write(piece, source)
+            for pieces in self._frames(transfer.ranges):
+                digests, payload = self._write(transfer, pieces, source)
                 nbytes = sum(len(buffer) for buffer in payload)
                 pages = frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, first_block, digests, nbytes)
                 self._connected().send(pages, payload)
                 first_block += pages.num_blocks
 
-    def _pieces(self, transfer: LayerTransfer) -> Iterator[LayerTransfer]:
-        """What goes into one frame each, so that the target is at work while the next one is written. All
-        layers of a plan share their ranges, which are cut once."""
-        if self._cut[0] is not transfer.ranges:
-            self._cut = transfer.ranges, cut_ranges(transfer.ranges, self._source.layout.block_bytes, FRAME_BYTES)
-        return (replace(transfer, ranges=ranges) for ranges in self._cut[1])
+    def _frames(self, ranges: Ranges) -> list[list[Piece]]:
+        """What goes into each frame. All layers of a plan share their ranges, which are cut once."""
+        if self._cut[0] is not ranges:
+            self._cut = ranges, frames_of(ranges, self._source.layout.block_bytes)
+        return self._cut[1]
 
-    def _write(self, piece: LayerTransfer, source: PageSource) -> tuple[bytes, Sequence[memoryview]]:
+    def _write(
+        self, transfer: LayerTransfer, pieces: list[Piece], source: PageSource
+    ) -> tuple[bytes, list[memoryview]]:
         """Move pages; returns the digest of each, in logical order, and the bytes for the frame itself."""
         digests: list[bytes] = []
-        rows, size = layer_pages(source, piece.layer), source.layout.block_bytes
-
-        def look(offset: int, length: int) -> None:
-            digests.append(page_digests(rows[offset // size : (offset + length) // size]))
-
-        payload = self._writer.write(piece, source, look)
+        payload: list[memoryview] = []
+        for piece in pieces:
+            payload += self._writer.write(replace(transfer, ranges=piece.ranges), source)
+            digests.append(layer_digests(source, transfer.layer, piece.blocks))
         return b"".join(digests), payload
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
