@@ -3,8 +3,8 @@
 A frame is a message and the pages that it announces: large, since it costs both sides a few system calls,
 but not the whole layer, so that the target can verify one while the next is being written.
 
-A piece is what is copied in one go, and then hashed while it is still in the core's cache: hashing before,
-or in another thread, takes about half as long as the copying, and this hardly anything.
+A piece is what is copied in one go, and then hashed while it is still in the core's cache, which takes about
+half the time of hashing it before or later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diptych.core.blocks import BlockId
 from diptych.core.kv_layout import ByteRange
 
 FRAME_BYTES = 4 << 20
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = 1 << 20
 
 Ranges = tuple[ByteRange, ...]
 
