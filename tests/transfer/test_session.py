@@ -263,14 +263,14 @@ def test_a_session_closed_too_early_fails_on_both_sides(pair: Pair) -> None:
 
 def test_a_ticket_is_good_once(pair: Pair) -> None:
     ticket = pair.target.expect("s", NUM_TOKENS)
-    for good in (True, False):
-        session = pair.source.create_session("s", LAYOUT, ticket, pair.target.address or pair.target)
+    where = pair.target.address or pair.target
+    with pair.source.create_session("s", LAYOUT, ticket, where) as session:
         session.push(KV)
         session.close(1)
-        if good:
-            session.wait(SECONDS)
-        else:
-            assert code_of(session.wait, SECONDS) == "ticket_refused"
+        session.wait(SECONDS)
+    again = pair.source.create_session("s", LAYOUT, ticket, where)
+    assert code_of(again.wait, SECONDS) == "ticket_refused"
+    assert code_of(again.push, KV) == "ticket_refused"
     assert_equal(pair.target, "s")
     pair.target.release("s")
     pair.is_alive_and_whole()
@@ -293,7 +293,7 @@ def test_misuse_is_refused_and_harms_nothing(pair: Pair) -> None:
     ticket = pair.target.expect("s", NUM_TOKENS)
     session = pair.source.create_session("s", LAYOUT, ticket, pair.target.address or pair.target)
     other = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=8)
-    with pytest.raises(ValueError, match="another layout"):
+    with pytest.raises(ValueError, match="re-shard"):
         session.push(KV, other)
     with pytest.raises(ValueError, match="has no blocks"):
         session.push(KV, blocks=[4, 5])
@@ -328,12 +328,13 @@ def test_misuse_is_refused_and_harms_nothing(pair: Pair) -> None:
     pair.is_alive_and_whole()
 
 
-def test_layouts_that_differ_are_refused_by_the_plan(pair: Pair) -> None:
+def test_layouts_that_differ_are_refused(pair: Pair) -> None:
     ours = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4, tensor_parallel=2)
     ticket = pair.target.expect("s", NUM_TOKENS)
     session = pair.source.create_session("s", ours, ticket, pair.target.address or pair.target)
-    with pytest.raises((ValueError, TransferError)):
-        session.push(KV, LAYOUT)
+    for target_layout in (LAYOUT, ours):
+        with pytest.raises(ValueError, match="re-shard"):
+            session.push(KV, target_layout)
     session.abort()
     assert code_of(session.wait, SECONDS) in ("aborted", "transfer_failed")
     pair.target.abort("s")

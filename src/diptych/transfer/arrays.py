@@ -67,11 +67,12 @@ def as_pages(kv: Any, layout: KVLayout) -> KVMemory | KVPages:
 
 
 def blocks_as_array(memory: KVMemory, layer: int, blocks: Sequence[int]) -> npt.NDArray[Any]:
-    """Some blocks of one layer, [len(blocks), K or V, kv_head, slot, head_dim]: a view if they are
-    consecutive, else a copy. bfloat16 comes as uint16."""
+    """Some blocks of one layer, [len(blocks), K or V, kv_head, slot, head_dim] (MLA: [len(blocks), 1, 1,
+    slot, latent_dim]): a view if they are consecutive, else a copy. bfloat16 comes as uint16."""
     layout = memory.layout
     content = np.frombuffer(memory.layer(layer), dtype=NUMPY_DTYPES[layout.dtype])
-    paged = content.reshape(memory.num_blocks, 2, -1, layout.block_size, layout.head_dim)
+    vectors = layout.planes, layout.heads_per_rank, layout.block_size, layout.latent_dim or layout.head_dim
+    paged = content.reshape(memory.num_blocks, *vectors)
     first, count = (blocks[0] if blocks else 0), len(blocks)
     if list(blocks) == list(range(first, first + count)):
         return paged[first : first + count]
