@@ -132,7 +132,7 @@ def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
         target.say(frames.Go("r1", claims.nonce))
         for layer in LAYERS:
             target.take_pages(claims, layer, made.source)
-        assert target.next() == frames.Close("r1", claims.nonce, claims.epoch, TOKEN)
+        assert target.next() == frames.Close("r1", claims.nonce, claims.epoch, TOKEN, b"")
         assert made.events.empty
         target.say(frames.Accepted("r1", claims.nonce))
         assert made.events.next() == PushAccepted("r1")

@@ -72,7 +72,7 @@ class Close(Message, frozen=True):
     nonce: bytes
     epoch: Epoch
     token: SampledToken
-    payload: bytes = b""
+    payload: bytes
 
 
 class Stopped(Message, frozen=True):
