@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 import secrets
 import shutil
@@ -270,7 +271,8 @@ def markdown(machine: Fields, rows: Sequence[Fields]) -> str:
     return f"""# The hand-off beside memcpy and raw sockets
 
 Made by `{machine["command"]}` on {machine["date"]}, commit {machine["git_commit"]}. {machine["cpu"]},
-{machine["cores"]} cores, {machine["memory_gib"]} GiB, {machine["platform"]}, Python {machine["python"]}.
+{machine["cores"]} cores, {machine["memory_gib"]} GiB, {machine["platform"]}, Python {machine["python"]};
+load average before the run {machine["load_before"]:.1f}.
 
 {table(header, cells)}
 
@@ -293,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="directory for handoff.json and .md")
     parser.add_argument("--max-mib", type=int, default=256, help="leave larger ones out")
     options: Any = parser.parse_args(arguments)
-    machine = fingerprint("make bench-handoff")
+    machine = {**fingerprint("make bench-handoff"), "load_before": os.getloadavg()[0]}
     rows = [measure(case) for case in CASES if case.mib <= options.max_mib]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "handoff.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
