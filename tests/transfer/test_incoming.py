@@ -9,6 +9,7 @@ from transfer_harness import EPOCH, LAYOUT, claims_for
 
 from diptych.core.errors import TicketError, TransferError
 from diptych.transfer import frames
+from diptych.transfer.digest import DIGEST_BYTES
 from diptych.transfer.incoming import Incoming, TicketBook
 
 LAYERS = LAYOUT.num_layers
@@ -17,7 +18,7 @@ CLAIMS = claims_for("r1", (4, 9, 2, 7), first_block=1)
 
 
 def pages(layer: int, first: int, count: int) -> frames.Pages:
-    return frames.Pages("r1", CLAIMS.nonce, EPOCH, layer, first, [0] * count, 0)
+    return frames.Pages("r1", CLAIMS.nonce, EPOCH, layer, first, bytes(DIGEST_BYTES * count), 0)
 
 
 def begun() -> tuple[TicketBook, Incoming]:

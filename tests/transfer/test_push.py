@@ -36,6 +36,7 @@ from diptych.core.fleet import KVEndpoint
 from diptych.core.kv_layout import KVMemory
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
+from diptych.transfer import pieces
 from diptych.transfer.faulty import Fault, FaultyWriter
 from diptych.transfer.sender import Identity, PushLink
 from diptych.transfer.writers import InlineWriter, MappedWriter
@@ -91,6 +92,24 @@ def test_chunks_layers_in_any_order_and_duplicates_arrive(transport: str, tmp_pa
         assert made.at_target.next() == HandoffComplete("r1", TOKEN)
         assert_arrived(made, source_blocks, target_blocks, 0)
         assert made.receiver.book.counts["duplicate pages"] == len(jobs) // 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("pages_per_frame", [1, 2, 5])
+def test_a_layer_may_take_several_frames(
+    transport: str, pages_per_frame: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "FRAME_BYTES", pages_per_frame * LAYOUT.block_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2 * LAYOUT.block_bytes)
+    for number, tables in enumerate((random_tables(6, 9), (list(range(3, 12)), tuple(range(9))))):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with world(transport, directory) as made:
+            claims = claims_for("r1", tables[1], first_block=1)
+            made.receiver.expect(claims)
+            made.push_all(made.link(), claims, tables[0])
+            assert made.at_target.next() == HandoffComplete("r1", TOKEN)
+            assert_arrived(made, *tables, 1)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -14,7 +14,7 @@ from transfer_harness import KEY, LAYOUT, NUM_BLOCKS, SOCKET_TRANSPORTS, TOKEN, 
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint
 from diptych.core.kv_layout import KVMemory, LayerTransfer
-from diptych.core.ports import PageWriter
+from diptych.core.ports import PageSource, PageWriter
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
 from diptych.transfer import frames, sender
@@ -132,7 +132,7 @@ def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
         target.say(frames.Go("r1", claims.nonce))
         for layer in LAYERS:
             target.take_pages(claims, layer, made.source)
-        assert target.next() == frames.Close("r1", claims.nonce, claims.epoch, TOKEN)
+        assert target.next() == frames.Close("r1", claims.nonce, claims.epoch, TOKEN, b"")
         assert made.events.empty
         target.say(frames.Accepted("r1", claims.nonce))
         assert made.events.next() == PushAccepted("r1")
@@ -321,7 +321,7 @@ class GatedWriter:
         self._writer = writer
         self.begun, self.may_go_on = threading.Event(), threading.Event()
 
-    def write(self, transfer: LayerTransfer, source: KVMemory) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
         self.begun.set()
         assert self.may_go_on.wait(20)
         return self._writer.write(transfer, source)

@@ -166,7 +166,8 @@ class ScriptedSource:
         self.connection.send(frames.Pages(**(fields | changes)), payload)
 
     def close_handoff(self, claims: TicketClaims, /, **changes: Any) -> None:
-        fields = {"request_id": claims.request_id, "nonce": claims.nonce, "epoch": claims.epoch, "token": TOKEN}
+        about = {"request_id": claims.request_id, "nonce": claims.nonce, "epoch": claims.epoch}
+        fields = {**about, "token": TOKEN, "payload": b""}
         self.connection.send(frames.Close(**(fields | changes)))
 
     def stopped(self, claims: TicketClaims) -> None:

@@ -48,8 +48,8 @@ TO_WORKER: list[messages.ToWorker] = [
 FROM_SOURCE: list[frames.FromSource] = [
     frames.PushHello(1, "p0", "layout", "model"),
     frames.Begin("r1", b"nonce", 3),
-    frames.Pages("r1", b"nonce", 3, 1, 4, [0, 2**64 - 1], 256),
-    frames.Close("r1", b"nonce", 3, TOKEN),
+    frames.Pages("r1", b"nonce", 3, 1, 4, bytes(range(16)), 256),
+    frames.Close("r1", b"nonce", 3, TOKEN, b"and this"),
     frames.Stopped("r1", b"nonce"),
 ]
 FROM_TARGET: list[frames.FromTarget] = [

@@ -59,6 +59,7 @@ class HandoffComplete:
 
     request_id: str
     token: SampledToken
+    payload: bytes = b""  # what else the source said in closing
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,14 +49,28 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class PageSource(Protocol):
+    """Where pages are read from: a `KVMemory`, or somebody else's KV cache seen like one."""
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def layer(self, index: int) -> memoryview:
+        """The bytes of one layer: num_blocks * block_bytes of them."""
+        ...
+
+
 class PageWriter(Protocol):
     """How pages get from the source's KV memory into the target's. Implemented by `transfer.writers`;
     `transfer.faulty` spoils them on purpose."""
 
-    def write(self, transfer: LayerTransfer, source: KVMemory) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
         """Move one layer's ranges. Returns the bytes that must travel in the frame itself, in order of
         the ranges: all of them over TCP, none with mapped memory (already in place when this returns).
-        Raises TransferError if a range lies outside the memory."""
+        Raises TransferError, having written nothing, if a range lies outside the memory."""
         ...
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
-from diptych.core.kv_layout import ByteRange, KVMemory, LayerTransfer
-from diptych.core.ports import PageWriter
+from diptych.core.kv_layout import ByteRange, LayerTransfer
+from diptych.core.ports import PageSource, PageWriter
+from diptych.transfer.arrays import KVPages
 
 
 class Fault(StrEnum):
@@ -30,7 +31,7 @@ class FaultyWriter:
         self._random = random.Random(seed)
         self._writes = 0
 
-    def write(self, transfer: LayerTransfer, source: KVMemory) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
         """As the wrapped writer, or worse."""
         fault = self._plan.get(self._writes)
         self._writes += 1
@@ -53,15 +54,15 @@ class FaultyWriter:
                 transfer = replace(transfer, ranges=swapped)
         return self._writer.write(transfer, source)
 
-    def _spoiled(self, source: KVMemory, layer: int, page: ByteRange, fault: Fault) -> KVMemory:
-        """A copy of the source's memory with one page wrong."""
-        copy = KVMemory(source.layout, source.num_blocks, memoryview(bytearray(source.buffer)))
-        content = copy.layer(layer)[page.source_offset : page.source_offset + page.length]
+    def _spoiled(self, source: PageSource, layer: int, page: ByteRange, fault: Fault) -> KVPages:
+        """A copy of the source's layer with one page wrong."""
+        copy = memoryview(bytearray(source.layer(layer)))
+        content = copy[page.source_offset : page.source_offset + page.length]
         if fault is Fault.ZERO:
             content[:] = bytes(page.length)
         else:
             content[self._random.randrange(page.length)] ^= 1 << self._random.randrange(8)
-        return copy
+        return KVPages(source.layout, source.num_blocks, {layer: copy})
 
 
 def _pages(ranges: Sequence[ByteRange], block_bytes: int) -> list[ByteRange]:
@@ -73,6 +74,6 @@ def _pages(ranges: Sequence[ByteRange], block_bytes: int) -> list[ByteRange]:
     ]
 
 
-def _of_another_block(page: ByteRange, source: KVMemory) -> ByteRange:
+def _of_another_block(page: ByteRange, source: PageSource) -> ByteRange:
     size = source.layout.block_bytes
     return replace(page, source_offset=(page.source_offset + size) % (source.num_blocks * size))

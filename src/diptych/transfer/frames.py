@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from diptych.core.fleet import Epoch, WorkerId
 from diptych.core.request import SampledToken
+from diptych.transfer.digest import DIGEST_BYTES
 from diptych.wire.messages import Message
 
 
@@ -47,25 +48,31 @@ class Go(Message, frozen=True):
 
 
 class Pages(Message, frozen=True):
-    """Logical blocks [first_block, first_block + len(digests)) of one layer, each with the digest of its
-    bytes. `nbytes` of payload follow (0 if they were written to mapped memory)."""
+    """Consecutive logical blocks of one layer, from `first_block` on: as many as there are digests, each of
+    them DIGEST_BYTES long. `nbytes` of payload follow (0 if they were written to mapped memory)."""
 
     request_id: str
     nonce: bytes
     epoch: Epoch
     layer: int
     first_block: int
-    digests: list[int]
+    digests: bytes
     nbytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.digests) // DIGEST_BYTES
 
 
 class Close(Message, frozen=True):
-    """All pages have been sent; decode goes on from this token."""
+    """All pages have been sent; decode goes on from this token. `payload` is whatever else the source
+    wants to say (public sessions; workers leave it empty)."""
 
     request_id: str
     nonce: bytes
     epoch: Epoch
     token: SampledToken
+    payload: bytes
 
 
 class Stopped(Message, frozen=True):

@@ -13,6 +13,7 @@ from diptych.core.blocks import BlockId
 from diptych.core.errors import TicketError, TransferError
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
+from diptych.transfer.digest import DIGEST_BYTES
 
 Writer = object  # a data connection, by identity
 
@@ -43,7 +44,9 @@ class Incoming:
 
     def target_blocks(self, pages: frames.Pages) -> tuple[BlockId, ...]:
         """The physical blocks that these pages belong in. Raises TransferError if they belong nowhere."""
-        first, end = pages.first_block, pages.first_block + len(pages.digests)
+        if len(pages.digests) % DIGEST_BYTES:
+            raise TransferError(f"{len(pages.digests)} bytes are no whole number of digests")
+        first, end = pages.first_block, pages.first_block + pages.num_blocks
         if not 0 <= pages.layer < self.num_layers or not self.claims.first_block <= first < end <= len(
             self.claims.blocks
         ):
@@ -53,9 +56,9 @@ class Incoming:
     def mark(self, pages: frames.Pages) -> bool:
         """These pages are verified. False if some had been before."""
         start = pages.layer * self.num_missing + pages.first_block - self.claims.first_block
-        end = start + len(pages.digests)
+        end = start + pages.num_blocks
         fresh = not any(self.verified[start:end])
-        self.verified[start:end] = b"\x01" * len(pages.digests)
+        self.verified[start:end] = b"\x01" * pages.num_blocks
         return fresh
 
 

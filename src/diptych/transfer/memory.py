@@ -11,6 +11,8 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+
 from diptych.core.errors import ConfigError, TransferError
 from diptych.core.kv_layout import KVLayout, KVMemory
 
@@ -26,6 +28,11 @@ def available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def touch(memory: memoryview) -> None:
+    """Read from every page, so that the first hand-off does not have to wait for the kernel to map them."""
+    np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE].max(initial=0)
+
+
 class SharedMemory:
     """Zeroed, page-aligned bytes with a descriptor. Close it after all views into it are gone."""
 
@@ -37,6 +44,7 @@ class SharedMemory:
             os.posix_fallocate(self.descriptor, 0, nbytes)  # now, and not by SIGBUS at the first touch
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
             self._map = mmap.mmap(self.descriptor, nbytes)
+            touch(self.buffer)
         except OSError as error:
             os.close(self.descriptor)
             raise ConfigError(_too_much(nbytes, str(error.strerror))) from error
@@ -46,9 +54,12 @@ class SharedMemory:
         return memoryview(self._map)
 
     def close(self) -> None:
-        """Give the memory back. Raises BufferError while somebody still holds a view."""
+        """Give the memory back. Raises BufferError while somebody still holds a view; it goes with the last
+        one then, but nobody else can map it any more."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
         self._map.close()
-        os.close(self.descriptor)
 
 
 def _too_much(nbytes: int, why: str) -> str:
@@ -65,7 +76,9 @@ def map_memory(descriptor: int, layout: KVLayout, num_blocks: int) -> KVMemory:
         size = os.fstat(descriptor).st_size
         if size != wanted or not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise TransferError(f"the target's KV memory has {size} bytes, {wanted} sealed ones were announced")
-        return KVMemory(layout, num_blocks, memoryview(mmap.mmap(descriptor, wanted)))
+        mapped = memoryview(mmap.mmap(descriptor, wanted))
+        touch(mapped)
+        return KVMemory(layout, num_blocks, mapped)
     except OSError as error:
         raise TransferError(f"the target's KV memory cannot be mapped: {error.strerror}") from error
     finally:

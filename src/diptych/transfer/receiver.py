@@ -281,7 +281,7 @@ class _Peer:
             self._fail(ticket, error)
             return
         if complete:
-            self._report(HandoffComplete(frame.request_id, frame.token))
+            self._report(HandoffComplete(frame.request_id, frame.token, frame.payload))
             self.tell(frames.Accepted(frame.request_id, frame.nonce))
 
     def _stopped(self, request_id: str, nonce: bytes) -> None:
@@ -301,5 +301,6 @@ class _Peer:
         request_id = ticket.claims.request_id
         if self._book.fail(ticket):
             log.error("hand-off of %s from %s failed: %s", request_id, self.name, error)
-            self._report(HandoffFailed(request_id, error.code, error.message))
+            # First the source, so that it hears why, and not of the revocation that follows.
             self.tell(frames.Rejected(request_id, ticket.claims.nonce, error.code, error.message))
+            self._report(HandoffFailed(request_id, error.code, error.message))

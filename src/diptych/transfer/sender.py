@@ -12,24 +12,26 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diptych.core.errors import HandshakeError, PeerError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint, WorkerId
 from diptych.core.kv_layout import KVMemory, LayerTransfer, TransferPlan
-from diptych.core.ports import PageWriter
+from diptych.core.ports import PageSource, PageWriter
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
-from diptych.transfer.digest import block_digest
+from diptych.transfer.digest import layer_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
+from diptych.transfer.pieces import Piece, Ranges, frames_of
 from diptych.transfer.writers import InlineWriter, MappedWriter
 from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
 log = logging.getLogger(__name__)
+
 
 SourceEvent = PushAccepted | PushRejected | PushCancelled | LinkLost | PushStopped
 Connection = BlockingConnection[frames.FromTarget]
@@ -75,6 +77,7 @@ class PushLink:
     ) -> None:
         self.target = target
         self.lost = False
+        self._ended = False
         self._endpoint = endpoint
         self._identity = identity
         self._source = source
@@ -85,27 +88,36 @@ class PushLink:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._writer: PageWriter = InlineWriter()
+        self._cut: tuple[Ranges, list[list[Piece]]] = ((), [])
         self._sender = threading.Thread(target=self._send_jobs, name=f"push to {target}", daemon=True)
         self._reader: threading.Thread | None = None
         self._sender.start()
 
     # called by the worker, from any thread
 
-    def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
-        """Send one layer's pages of a plan."""
+    def begin(self, request_id: str, claims: TicketClaims) -> None:
+        """Ask for the target's leave now, not at the first push: so it hears of an early end, too."""
         push = self._open(request_id, claims)
-        self._jobs.put(lambda: self._send_pages(push, plan, layer))
+        self._queue(lambda: self._begin(push))
 
-    def close_handoff(self, request_id: str, claims: TicketClaims, token: SampledToken) -> None:
+    def push(
+        self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int, source: PageSource | None = None
+    ) -> None:
+        """Send one layer's pages of a plan, out of `source` (by default the link's own)."""
+        push = self._open(request_id, claims)
+        pages = self._source if source is None else source
+        self._queue(lambda: self._send_pages(push, plan, layer, pages))
+
+    def close_handoff(self, request_id: str, claims: TicketClaims, token: SampledToken, payload: bytes = b"") -> None:
         """After everything that was pushed for this request: the closing message."""
         push = self._open(request_id, claims)
-        self._jobs.put(lambda: self._send_close(push, token))
+        self._queue(lambda: self._send_close(push, token, payload))
 
     def abandon(self, request_id: str, claims: TicketClaims) -> None:
         """Send nothing more for this request; reports PushStopped when nobody reads its blocks any more."""
         push = self._open(request_id, claims)
         self._stop_push(push)
-        self._jobs.put(lambda: self._send_stopped(push))
+        self._queue(lambda: self._send_stopped(push))
 
     def end(self) -> None:
         """Finish what is queued for abandoned requests, hang up, end the threads. Other requests hear
@@ -113,6 +125,14 @@ class PushLink:
         self._lose(TransferError("it was ended here"))
         self._jobs.put(None)
         self._sender.join()
+
+    def _queue(self, job: Job) -> None:
+        """For the sender thread; when that has ended (and the link is lost), here."""
+        with self._lock:
+            if not self._ended:
+                self._jobs.put(job)
+                return
+        self._guarded(job)
 
     def _open(self, request_id: str, claims: TicketClaims) -> _Push:
         """This request's push; a new one at its first job (which on a lost link is lost at once)."""
@@ -137,6 +157,10 @@ class PushLink:
         while (job := self._jobs.get()) is not None:
             self._guarded(job)
         self._hang_up()
+        with self._lock:
+            self._ended = True
+        while not self._jobs.empty():  # who had not heard of the end yet is told that it is over
+            self._guarded(self._jobs.get() or _nothing)
 
     def _guarded(self, job: Job) -> None:
         """Whatever breaks the connection ends this link, and nothing else."""
@@ -197,7 +221,7 @@ class PushLink:
         if not push.go.wait(STALL_SECONDS):
             raise TransferError(f"worker {self.target} does not answer")
 
-    def _send_pages(self, push: _Push, plan: TransferPlan, layer: int) -> None:
+    def _send_pages(self, push: _Push, plan: TransferPlan, layer: int, source: PageSource) -> None:
         if push.over:
             return
         self._begin(push)
@@ -207,30 +231,38 @@ class PushLink:
         for transfer in plan.layers:
             if transfer.layer != layer:
                 continue
-            digests = self._digests(transfer)
-            payload = self._writer.write(transfer, self._source)
-            nbytes = sum(len(buffer) for buffer in payload)
-            pages = frames.Pages(
-                claims.request_id, claims.nonce, claims.epoch, layer, plan.first_block, digests, nbytes
-            )
-            self._connected().send(pages, payload)
+            first_block = plan.first_block
+            for pieces in self._frames(transfer.ranges):
+                digests, payload = self._write(transfer, pieces, source)
+                nbytes = sum(len(buffer) for buffer in payload)
+                pages = frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, first_block, digests, nbytes)
+                self._connected().send(pages, payload)
+                first_block += pages.num_blocks
 
-    def _digests(self, transfer: LayerTransfer) -> list[int]:
-        """Digest of each block of a transfer, in logical order."""
-        layer, size = self._source.layer(transfer.layer), self._source.layout.block_bytes
-        return [
-            block_digest(layer[offset : offset + size])
-            for span in transfer.ranges
-            for offset in range(span.source_offset, span.source_offset + span.length, size)
-        ]
+    def _frames(self, ranges: Ranges) -> list[list[Piece]]:
+        """What goes into each frame. All layers of a plan share their ranges, which are cut once."""
+        if self._cut[0] is not ranges:
+            self._cut = ranges, frames_of(ranges, self._source.layout.block_bytes)
+        return self._cut[1]
 
-    def _send_close(self, push: _Push, token: SampledToken) -> None:
+    def _write(
+        self, transfer: LayerTransfer, pieces: list[Piece], source: PageSource
+    ) -> tuple[bytes, list[memoryview]]:
+        """Move pages; returns the digest of each, in logical order, and the bytes for the frame itself."""
+        digests: list[bytes] = []
+        payload: list[memoryview] = []
+        for piece in pieces:
+            payload += self._writer.write(replace(transfer, ranges=piece.ranges), source)
+            digests.append(layer_digests(source, transfer.layer, piece.blocks))
+        return b"".join(digests), payload
+
+    def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
         if push.over:
             return
         self._begin(push)
         if not push.over:
             claims = push.claims
-            self._connected().send(frames.Close(claims.request_id, claims.nonce, claims.epoch, token))
+            self._connected().send(frames.Close(claims.request_id, claims.nonce, claims.epoch, token, payload))
 
     def _send_stopped(self, push: _Push) -> None:
         claims = push.claims
@@ -260,7 +292,7 @@ class PushLink:
         except (OSError, PeerError) as broken:
             error = broken
         self._lose(error)
-        self._jobs.put(lambda: None)  # wakes the sender, which hangs up
+        self._jobs.put(_nothing)  # wakes the sender, which hangs up
 
     def _take(self, answer: frames.FromTarget) -> None:
         if isinstance(answer, frames.PushWelcome):
@@ -300,3 +332,7 @@ class PushLink:
             self._stop_push(push)
         if open_pushes:
             self._report(LinkLost(self.target, tuple(open_pushes)))
+
+
+def _nothing() -> None:
+    """A job that only wakes the sender."""

@@ -1,0 +1,308 @@
+"""How fast KV changes hands between two processes, beside what the machine can do at best.
+
+    python -m diptych.bench.handoff_bench --out benchmarks
+
+Writes handoff.json and handoff.md. All rates of a row are measured in the same run, in turns, and are
+medians over its rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import secrets
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diptych.bench.metrics import Fields
+from diptych.bench.report import fingerprint, number, table
+from diptych.core.blocks import BlockId
+from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.transfer.digest import layer_digests
+from diptych.transfer.session import KVSource, KVTarget
+
+MIB = 1 << 20
+NUM_LAYERS = 8
+BLOCK_SIZE = 16
+SOCKET_BUFFER_BYTES = 128 << 10  # what iperf3 sends and receives at a time
+TIMEOUT = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row. `page_kib`: bytes of one block in one layer (64: eight KV heads of 128 in bfloat16)."""
+
+    mib: int
+    page_kib: int
+    scattered: bool
+    rounds: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.mib * 1024 // (NUM_LAYERS * self.page_kib)
+
+    @property
+    def layout(self) -> KVLayout:
+        heads = self.page_kib // 8  # 2 (K and V) * 16 tokens * 128 * 2 bytes are 8 KiB
+        return KVLayout(
+            num_layers=NUM_LAYERS, num_kv_heads=heads, head_dim=128, dtype="bfloat16", block_size=BLOCK_SIZE
+        )
+
+    def table(self, seed: int) -> list[BlockId]:
+        """A block table over all blocks of the memory."""
+        blocks = list(range(self.num_blocks))
+        if self.scattered:
+            random.Random(seed).shuffle(blocks)
+        return blocks
+
+
+CASES = tuple(
+    Case(mib, page_kib, scattered, rounds)
+    for mib, rounds in ((1, 61), (16, 31), (256, 9))
+    for page_kib, scattered in ((64, False), (64, True), (16, True))
+)
+
+
+class WholeTable:
+    """Gives the target's blocks out in a fixed order, all of them to each session."""
+
+    def __init__(self, blocks: list[BlockId]) -> None:
+        self._blocks = blocks
+
+    def allocate(self, count: int) -> list[BlockId]:
+        assert count == len(self._blocks)
+        return self._blocks
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        assert len(blocks) == len(self._blocks)
+
+
+def run_target(case: Case, key: bytes, directory: str, parent: Connection) -> None:
+    """The other process: a target for sessions, and a sink for raw bytes."""
+    with (
+        KVTarget(
+            case.layout, case.num_blocks, key=key, address=f"unix:{directory}/kv", pool=WholeTable(case.table(2))
+        ) as target,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        addresses = target.address, target.receiver.listen("tcp:127.0.0.1:0"), listener.getsockname()[1]
+        parent.send(addresses)
+        raw, _ = listener.accept()
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with raw:
+            while (order := parent.recv()) is not None:
+                _obey(order, target, case, raw, parent)
+
+
+def _obey(order: str, target: KVTarget, case: Case, raw: socket.socket, parent: Connection) -> None:
+    match order:
+        case "expect":
+            parent.send(target.expect("bench", case.num_blocks * BLOCK_SIZE))
+        case "pull":
+            target.pull("bench", TIMEOUT)
+            target.release("bench")
+            parent.send(None)
+        case "raw in place":
+            parent.send(None)
+            _take(raw, target.memory.buffer, len(target.memory.buffer))
+        case "raw reused":
+            parent.send(None)
+            _take(raw, memoryview(bytearray(SOCKET_BUFFER_BYTES)), len(target.memory.buffer))
+
+
+def _take(raw: socket.socket, buffer: memoryview, total: int) -> None:
+    """Receive `total` bytes into `buffer`, from its start again whenever it is full, and say so."""
+    done = 0
+    while done < total:
+        place = done % len(buffer)
+        done += raw.recv_into(buffer[place : place + min(MIB, total - done)])
+    raw.sendall(b"!")
+
+
+class Bench:
+    """The source's process: does the same bytes in every way that is compared."""
+
+    def __init__(self, case: Case, key: bytes, child: Connection, source: KVSource) -> None:
+        self._case = case
+        self._child = child
+        self._source = source
+        size = case.mib * MIB
+        content = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
+        self._memory = KVMemory(case.layout, case.num_blocks, content.data)
+        self._copy_from, self._copy_to = content, np.ones(size, dtype=np.uint8)
+        self._table = case.table(1)
+        self._unix, self._tcp, port = child.recv()
+        self._raw = socket.create_connection(("127.0.0.1", port))
+        self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def ways(self) -> dict[str, Callable[[], float]]:
+        """What is measured: each takes its turn and returns seconds."""
+        return {
+            "memcpy": self._memcpy,
+            "shm": lambda: self._handoff(self._unix),
+            "tcp": lambda: self._handoff(self._tcp),
+            "raw in place": lambda: self._stream("raw in place", len(self._copy_from)),
+            "raw reused": lambda: self._stream("raw reused", SOCKET_BUFFER_BYTES),
+            "digest": self._digest,
+        }
+
+    def close(self) -> None:
+        self._raw.close()
+
+    def _memcpy(self) -> float:
+        start = time.perf_counter()
+        np.copyto(self._copy_to, self._copy_from)
+        return time.perf_counter() - start
+
+    def _digest(self) -> float:
+        """One of the two passes over every page that a hand-off makes."""
+        start = time.perf_counter()
+        for layer in range(NUM_LAYERS):
+            layer_digests(self._memory, layer, self._table)
+        return time.perf_counter() - start
+
+    def _handoff(self, address: str) -> float:
+        """From the first push until the target has accepted every page."""
+        self._child.send("expect")
+        ticket = self._child.recv()
+        session = self._source.create_session("bench", self._case.layout, ticket, address)
+        start = time.perf_counter()
+        session.push(self._memory, blocks=self._table)
+        session.close(0)
+        session.wait(TIMEOUT)
+        seconds = time.perf_counter() - start
+        self._child.send("pull")
+        self._child.recv()
+        return seconds
+
+    def _stream(self, order: str, buffer_bytes: int) -> float:
+        """The same number of bytes through a plain TCP socket, until the other end has them."""
+        self._child.send(order)
+        self._child.recv()
+        content = self._memory.buffer
+        start = time.perf_counter()
+        if buffer_bytes >= len(content):
+            self._raw.sendall(content)
+        else:
+            for _ in range(len(content) // buffer_bytes):
+                self._raw.sendall(content[:buffer_bytes])
+        self._raw.recv(1)
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def bench(case: Case) -> Iterator[Bench]:
+    """Both processes, connected."""
+    key = secrets.token_bytes(32)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with tempfile.TemporaryDirectory() as directory, KVSource(key=key) as source:
+        process = context.Process(target=run_target, args=(case, key, directory, theirs))
+        process.start()
+        theirs.close()
+        made = Bench(case, key, ours, source)
+        try:
+            yield made
+        finally:
+            made.close()
+            source.close()
+            ours.send(None)
+            process.join()
+
+
+def measure(case: Case) -> Fields:
+    """Median seconds of every way, and rates in GB/s."""
+    with bench(case) as made:
+        ways = made.ways
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_number in range(case.rounds + 1):
+            for name in _rotated(list(ways), round_number):
+                taken = ways[name]()
+                if round_number:  # the first one warms up
+                    seconds[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    nbytes = case.mib * MIB
+    raw = min(medians["raw in place"], medians["raw reused"])
+    return {
+        **asdict(case),
+        "seconds": medians,
+        "gb_per_second": {name: nbytes / value / 1e9 for name, value in medians.items()},
+        "shm_of_memcpy": medians["memcpy"] / medians["shm"],
+        "tcp_of_raw": raw / medians["tcp"],
+        "digest_of_shm": medians["digest"] / medians["shm"],
+        "digest_of_tcp": medians["digest"] / medians["tcp"],
+    }
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def markdown(machine: Fields, rows: Sequence[Fields]) -> str:
+    """The report as one page."""
+    header = ["KV", "pages", "rounds", "memcpy", "shm", "shm / memcpy", "raw socket, in place", "raw socket, reused"]
+    header += ["tcp", "tcp / best raw", "digest pass / shm", "digest pass / tcp"]
+    cells = []
+    for row in rows:
+        rate = {name: number(value) for name, value in row["gb_per_second"].items()}
+        kind = "scattered" if row["scattered"] else "consecutive"
+        shares = [f"{row[name]:.0%}" for name in ("digest_of_shm", "digest_of_tcp")]
+        cells.append(
+            [f"{row['mib']} MiB", f"{row['page_kib']} KiB {kind}", row["rounds"], rate["memcpy"], rate["shm"]]
+            + [f"{row['shm_of_memcpy']:.2f}", rate["raw in place"], rate["raw reused"], rate["tcp"]]
+            + [f"{row['tcp_of_raw']:.2f}", *shares]
+        )
+    return f"""# The hand-off beside memcpy and raw sockets
+
+Made by `{machine["command"]}` on {machine["date"]}, commit {machine["git_commit"]}. {machine["cpu"]},
+{machine["cores"]} cores, {machine["memory_gib"]} GiB, {machine["platform"]}, Python {machine["python"]};
+load average before the run {machine["load_before"]:.1f}.
+
+{table(header, cells)}
+
+Rates in GB/s, medians of rounds in which every column takes its turn. A hand-off goes from one process to
+another, as one session of {NUM_LAYERS} layers over one connection (several streams are not built), from the first push
+until the target has verified every page and accepted. memcpy is numpy's `copyto` of as many bytes, within one
+process. The raw socket is our own loopback measurement over TCP ({_iperf3()}): once from and into
+memory as large as the KV, and once from and into one buffer of {SOCKET_BUFFER_BYTES >> 10} KiB, as iperf3 does it,
+which stays in the cache. A digest pass reads every page once, alone; a hand-off makes two, one on each side, beside the
+copying.
+"""
+
+
+def _iperf3() -> str:
+    return "iperf3 is installed, but was not used" if shutil.which("iperf3") else "iperf3 is not installed"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="directory for handoff.json and .md")
+    parser.add_argument("--max-mib", type=int, default=256, help="leave larger ones out")
+    options: Any = parser.parse_args(arguments)
+    machine = {**fingerprint("make bench-handoff"), "load_before": os.getloadavg()[0]}
+    rows = [measure(case) for case in CASES if case.mib <= options.max_mib]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "handoff.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    report = markdown(machine, rows)
+    (options.out / "handoff.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
