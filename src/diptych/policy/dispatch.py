@@ -146,9 +146,7 @@ class RouterPolicy:
         for live in self.live.values():
             tokens[live.prefiller] = tokens.get(live.prefiller, 0) + live.prefill_tokens
             sequences[live.route.decode] = sequences.get(live.route.decode, 0) + 1
-        return {
-            worker: WorkerLoad(tokens.get(worker, 0), sequences.get(worker, 0)) for worker in {*tokens, *sequences}
-        }
+        return {worker: WorkerLoad(tokens.get(worker, 0), sequences.get(worker, 0)) for worker in {*tokens, *sequences}}
 
     def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes) -> list[RouterAction]:
         live = self.live.get(request_id)
