@@ -40,6 +40,10 @@ class Screen:
     ) -> None:
         self._progress.stop()
 
+    def listening(self, address: str) -> None:
+        """Workers from elsewhere are taken in."""
+        self._console.print(f"  workers may join at {address}", highlight=False, soft_wrap=True)
+
     def loading(self, worker_id: WorkerId, done: int, total: int) -> None:
         """A worker has loaded `done` of `total` parts of its model."""
         if worker_id in self._tasks:

@@ -64,6 +64,10 @@ class LiveRequest:
         """The decode worker has gone on from the first token: the prefill worker's part is done."""
         return len(self.output_token_ids) > 1 or bool(self.early)
 
+    def needs(self, worker_id: WorkerId) -> bool:
+        """Whether it cannot go on without this worker."""
+        return worker_id in self.workers and not (worker_id == self.route.prefill and self.handed_over)
+
     @property
     def workers(self) -> tuple[WorkerId, ...]:
         """Everybody who may hold blocks for it."""
@@ -79,7 +83,7 @@ class RouterPolicy:
         self.workers: dict[WorkerId, WorkerView] = {}
         self.live: dict[str, LiveRequest] = {}
         self.ignored = 0  # messages about requests that are over, and tokens that came twice
-        self._routing = routing
+        self.routing = routing
         self._limits = limits or AdmissionLimits()
         self._index = index or PrefixIndex(capacity=1 << 20)
 
@@ -117,7 +121,7 @@ class RouterPolicy:
         if error is not None:
             return [DeliverFailure(request.request_id, error)]
         demand = Demand(len(request.prompt_token_ids), self._cached_tokens(request), request.prefer)
-        choice = self._routing.choose(demand, list(self.workers.values()), loads)
+        choice = self.routing.choose(demand, list(self.workers.values()), loads)
         if choice is None:
             raise ValueError("admission let a request in that no worker can take")
         route = choice.route
@@ -147,6 +151,10 @@ class RouterPolicy:
             tokens[live.prefiller] = tokens.get(live.prefiller, 0) + live.prefill_tokens
             sequences[live.route.decode] = sequences.get(live.route.decode, 0) + 1
         return {worker: WorkerLoad(tokens.get(worker, 0), sequences.get(worker, 0)) for worker in {*tokens, *sequences}}
+
+    def is_needed(self, worker_id: WorkerId) -> bool:
+        """Whether a live request still depends on this worker."""
+        return any(live.needs(worker_id) for live in self.live.values())
 
     def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes) -> list[RouterAction]:
         live = self.live.get(request_id)
@@ -212,7 +220,7 @@ class RouterPolicy:
         self._index.forget_worker(worker_id)
         actions: list[RouterAction] = []
         for request_id, live in list(self.live.items()):
-            if worker_id not in live.workers or (worker_id == live.route.prefill and live.handed_over):
+            if not live.needs(worker_id):
                 continue
             error = ServingError(f"worker {worker_id} was lost while it served this request", code="worker_lost")
             actions += self._fail(request_id, error, worker_id)

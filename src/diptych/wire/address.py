@@ -47,11 +47,31 @@ def parse_address(text: str) -> UnixAddress | TcpAddress:
     host = host.removeprefix("[").removesuffix("]")
     if kind not in ("tcp", "tls") or not host or not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
         raise ConfigError(f"{text!r} is no address; write unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")
-    if kind == "tcp" and not _is_loopback(host):
+    return _checked(TcpAddress(host, int(port), tls=kind == "tls"))
+
+
+def parse_host_port(text: str, *, tls: bool) -> TcpAddress:
+    """The address that an operator writes as HOST:PORT. Raises ConfigError as `parse_address` does."""
+    address = parse_address(f"{'tls' if tls else 'tcp'}:{text}")
+    if isinstance(address, UnixAddress):
+        raise ConfigError(f"{text!r} is no address; write HOST:PORT")
+    return address
+
+
+def advertised(address: TcpAddress) -> TcpAddress:
+    """An address that others are told to connect to. Raises ConfigError for one that stands for all of a
+    machine's, and for a routable one without TLS."""
+    if address.is_unspecified:
+        raise ConfigError(f"{address.host} stands for any address; say with --advertise how others reach this machine")
+    return _checked(address)
+
+
+def _checked(address: TcpAddress) -> TcpAddress:
+    if not address.tls and not _is_loopback(address.host):
         raise ConfigError(
-            f"{host} is not a loopback address; channels between hosts need TLS: give --tls on both sides"
+            f"{address.host} is not a loopback address; channels between hosts need TLS (--tls on both sides)"
         )
-    return TcpAddress(host, int(port), tls=kind == "tls")
+    return address
 
 
 def _is_loopback(host: str) -> bool:
