@@ -128,7 +128,7 @@ async def connect(address: str, key: bytes, expects: Any) -> StreamChannel[Any]:
     try:
         reader, writer = await (_dial(where) if isinstance(where, TcpAddress) else _dial_unix(where))
     except ssl.SSLError as error:
-        raise HandshakeError(f"no handshake with {address}: {error.reason}; is --tls given there, too?") from error
+        raise HandshakeError(f"no handshake with {address}: {error.reason}; is --tls given on both sides?") from error
     binding = b""
     if (secured := writer.get_extra_info("ssl_object")) is not None:
         binding = binding_of(secured.getpeercert(binary_form=True))
@@ -141,7 +141,8 @@ async def connect(address: str, key: bytes, expects: Any) -> StreamChannel[Any]:
                 raise HandshakeError("the listener does not accept this fleet key")
     except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
         writer.close()
-        raise HandshakeError(f"no handshake with {address}: the other end closed or said nothing") from error
+        hint = "is --tls given on both sides?"
+        raise HandshakeError(f"no handshake with {address}: the other end closed or said nothing; {hint}") from error
     except HandshakeError:
         writer.close()
         raise
