@@ -88,13 +88,11 @@ class FleetRegistry:
             self.manifest = manifest
             return
         ours = self.manifest
+        theirs, longest = manifest.model.max_model_len, ours.model.max_model_len
+        if theirs != longest:
+            raise HandshakeError(f"a context of {theirs} tokens, this fleet has {longest} (--max-model-len)")
         if manifest.model.digest != ours.model.digest:
             raise HandshakeError(f"model {manifest.model.digest}, this fleet serves {ours.model.digest}")
-        if manifest.model.max_model_len != ours.model.max_model_len:
-            raise HandshakeError(
-                f"a context of {manifest.model.max_model_len} tokens, this fleet has {ours.model.max_model_len} "
-                "(--max-model-len)"
-            )
         if manifest.layout.digest != ours.layout.digest:
             raise HandshakeError(f"KV layout {manifest.layout}, this fleet has {ours.layout}")
 
