@@ -175,6 +175,23 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
     composition.run(settings)
 
 
+@app.command()
+def check(
+    source: Annotated[str, Argument(metavar="A", help="JSON or TOML file of a manifest or layout, or tp=4,block=16.")],
+    target: Annotated[str, Argument(metavar="B", help="As A; KV passes from A to B.")],
+    model: Annotated[Path | None, Option(help="Model directory, for what A and B leave open.")] = None,
+    tokens: Annotated[int, Option(min=1, help="Length of the prompt to plan for.")] = 8192,
+) -> None:
+    """Say on paper whether KV can pass between two workers, and in how many pieces. Exit status 1: it cannot."""
+    from diptych import check as paper
+
+    ours, theirs = paper.read_side(source, model), paper.read_side(target, model)
+    for line in paper.report(ours, theirs, tokens):
+        print(line)
+    if paper.mismatches(ours, theirs):
+        raise typer.Exit(1)
+
+
 @app.command(hidden=True)
 def worker_process() -> None:
     """One worker, as `serve` starts it: settings come as JSON on standard input."""

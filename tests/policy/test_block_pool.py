@@ -196,3 +196,13 @@ def test_integrity_check_names_block_and_owners() -> None:
 def test_empty_pools_are_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="a pool needs blocks"):
         BlockPool(*size)
+
+
+def test_blocks_of_one_allocation_ascend() -> None:
+    """Neighbours in memory then move as one range, also when they come from eviction, last block first."""
+    pool = BlockPool(8, 4)
+    blocks = pool.allocate(8)
+    for block in blocks:
+        pool.register(block, bytes([block]) * 16)
+    pool.release(reversed(blocks))
+    assert pool.allocate(5) == [3, 4, 5, 6, 7]

@@ -68,7 +68,7 @@ def test_consecutive_blocks_are_one_range() -> None:
 
 def test_other_layouts_and_unequal_tables_are_refused() -> None:
     other = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4)
-    with pytest.raises(ValueError, match="re-sharding"):
+    with pytest.raises(ValueError, match="dtype is .bfloat16. on one side and .float32. on the other"):
         plan_transfer(LAYOUT, other, [0], [0], first_block=0)
     with pytest.raises(ValueError, match="2 source blocks for 1"):
         plan_transfer(LAYOUT, LAYOUT, [0, 1], [0], first_block=0)

@@ -3,12 +3,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diptych.core.actions import DeliverFailure, RunStep
+from diptych.core.actions import DeliverFailure, PushPages, RunStep
 from diptych.core.errors import ServingError
 from diptych.core.events import AbortRequested, ServeRequested
+from diptych.core.kv_layout import KVLayout
 from diptych.core.request import Request
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
+from diptych.core.ticket import TicketClaims
+from diptych.policy.resharding import plan_transfer
 from diptych.telemetry.journal import open_journal
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="uint8", block_size=4)
+CLAIMS = TicketClaims(
+    request_id="r",
+    worker_id="decode-0",
+    epoch=1,
+    blocks=(2,),
+    first_block=0,
+    num_tokens=4,
+    layout_digest=LAYOUT.digest,
+    model_digest="model",
+    salt="",
+    nonce=b"nonce",
+)
+PLAN = plan_transfer(LAYOUT, LAYOUT, [0], [2], first_block=0)
 
 
 def test_each_event_is_a_line_with_the_actions_it_led_to(tmp_path: Path) -> None:
@@ -18,10 +36,14 @@ def test_each_event_is_a_line_with_the_actions_it_led_to(tmp_path: Path) -> None
     journal = open_journal(str(path))
     journal.record(1.5, ServeRequested(request), [RunStep(Batch((row,)))])
     journal.record(2.5, AbortRequested("r"), [DeliverFailure("r", ServingError("broken", code="worker_lost"))])
-    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    journal.record(3.5, AbortRequested("r"), [PushPages("r", CLAIMS, PLAN)])
+    first, second, third = [json.loads(line) for line in path.read_text().splitlines()]
     journal.close()
     assert (first["t"], first["event"]["kind"], first["actions"][0]["kind"]) == (1.5, "ServeRequested", "RunStep")
     assert first["event"]["request"]["prompt_token_ids"] == [1, 2]
+    assert third["actions"][0]["plan"]["layers"][0]["ranges"] == [
+        {"source_offset": 0, "target_offset": 64, "length": 32}
+    ]
     assert second["actions"][0]["error"] == {"code": "worker_lost", "message": "broken"}
 
 

@@ -105,11 +105,12 @@ class BlockPool:
     def allocate(self, count: int) -> list[BlockId]:
         """Take `count` blocks with one reference each; free ones first, then cached ones by the eviction policy.
 
-        Their bytes are whatever was there before. Raises OutOfBlocks, having taken nothing.
+        Their bytes are whatever was there before. They ascend, so that neighbours in memory are neighbours in
+        the block table, and move as one range. Raises OutOfBlocks, having taken nothing.
         """
         if count > self.num_free:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} of {self.num_blocks} are free or evictable")
-        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        blocks = sorted(self._free.pop() if self._free else self._evict() for _ in range(count))
         for block in blocks:
             self._references[block] = 1
         return blocks

@@ -13,6 +13,7 @@ from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.core.ports import AllocateKV, OnLayer
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
+from diptych.engine.hub import resolve_checkpoint
 from diptych.engine.torch_engine.attention import PagedAttention
 from diptych.engine.torch_engine.config import ModelConfig, load_config
 from diptych.engine.torch_engine.dense_view import DenseView
@@ -20,7 +21,7 @@ from diptych.engine.torch_engine.kv_cache import KVCache
 from diptych.engine.torch_engine.model import Decoder
 from diptych.engine.torch_engine.plan import plan_step
 from diptych.engine.torch_engine.sampler import Sampler
-from diptych.engine.torch_engine.weights import OnProgress, WeightReader, load_weights, resolve_checkpoint
+from diptych.engine.torch_engine.weights import OnProgress, WeightReader, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

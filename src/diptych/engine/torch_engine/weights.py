@@ -50,22 +50,6 @@ class ModelWeights:
     lm_head: Linear
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The local directory of a checkpoint: `path` itself, or else a hub id, fetched (or found in the hub's cache).
-
-    Raises CheckpointError if it is neither."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=_WANTED_FILES, ignore_patterns=_OTHER_FORMATS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{path} is no directory here, and the hub does not give it: {error}") from error
-
-
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this config must hold, by its Hugging Face name."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
