@@ -105,6 +105,11 @@ class JoinPoint:
         address = self.listen_address
         return advertised(replace(address, host=self.advertise or address.host)).host
 
+    def flags(self, address: str) -> str:
+        """With which flags `diptych worker` joins here; `address` is where this really listens."""
+        tls = " --tls" if self.tls else ""
+        return f"--join {address.partition(':')[2]}{tls} --key-file {self.key_file.name}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
@@ -123,6 +128,8 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.pools.roles() and self.join is None:
             raise ConfigError("no workers: give --prefill and --decode, or --mixed, or --listen for others to join")
+        if self.join is not None and "tcp" not in self.transports:
+            raise ConfigError(f"--transport {self.pools.transport} does not reach workers that --listen lets in")
 
     @property
     def transports(self) -> tuple[str, ...]:
@@ -232,7 +239,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
         try:
             if join is not None:
                 listeners.append(await _listen_for_others(join, key, router))
-                screen.listening(listeners[-1].address)
+                screen.listening(join.flags(listeners[-1].address))
             workers.start()
             waiting = asyncio.create_task(started.wait())
             tasks.append(waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ END_SECONDS = 30.0
 
 def join_point(server: Server) -> str:
     """HOST:PORT where workers may join this server, as it says itself."""
-    lines = [line for line in server.screen if "workers may join at" in line]
-    return lines[0].split()[-1].partition(":")[2]
+    found = re.search(r"others may join: .* --join (\S+)", "\n".join(server.screen))
+    assert found is not None, server.screen
+    return found[1]
 
 
 @contextlib.contextmanager

@@ -151,6 +151,7 @@ def complaint(*flags: str) -> str:
         (("--listen", "0.0.0.0:0", "--key-file", "KEY"), ("0.0.0.0", "--tls")),
         (("--listen", "0.0.0.0:0", "--key-file", "KEY", "--tls"), ("0.0.0.0", "--advertise")),
         (("--listen", "203.0.113.1:7000", "--key-file", "KEY", "--tls"), ("203.0.113.1", "--listen")),
+        (("--listen", "127.0.0.1:0", "--key-file", "KEY", "--transport", "shm"), ("--transport shm", "--listen")),
         (("--listen", "7000", "--key-file", "KEY", "--tls"), ("7000", "HOST:PORT")),
     ],
 )
