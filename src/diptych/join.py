@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,33 +43,31 @@ def run(settings: JoinSettings) -> None:
     """Serve until told to leave. Raises DiptychError with the reason for any other end."""
     cores = tuple(sorted(os.sched_getaffinity(0)))
     os.environ.update(thread_environment(len(cores)))
-    with _worker_settings(settings, CpuSettings(cores=cores, threads=len(cores))) as worker:
-        asyncio.run(run_joined(worker, lambda progress: load_engine(worker, progress), settings.patience))
+    worker = worker_settings(settings, CpuSettings(cores=cores, threads=len(cores)))
+    asyncio.run(run_joined(worker, lambda progress: load_engine(worker, progress), settings.patience))
 
 
-@contextlib.contextmanager
-def _worker_settings(settings: JoinSettings, cpu: CpuSettings) -> Iterator[WorkerSettings]:
+def worker_settings(settings: JoinSettings, cpu: CpuSettings) -> WorkerSettings:
     """What the worker is told. Pages come over TCP only: a new life must not use memory that somebody may have
-    mapped in the last one."""
+    mapped in the last one. Raises ConfigError."""
     if settings.advertise is not None:
         advertised(TcpAddress(settings.advertise, 0, settings.tls))
     worker_id = settings.worker_id or f"{settings.role}-{socket.gethostname()}"[:64]
     if not is_worker_id(worker_id):
         raise ConfigError(f"{worker_id!r} cannot be the name of a worker (letters, digits, . _ -); give one with --id")
-    with tempfile.TemporaryDirectory(prefix="diptych-") as run_dir:
-        yield WorkerSettings(
-            worker_id=worker_id,
-            role=settings.role,
-            epoch=0,
-            router=str(parse_host_port(settings.router, tls=settings.tls)),
-            key=read_key(settings.key_file),
-            run_dir=run_dir,
-            transports=("tcp",),
-            data_host=settings.advertise,
-            tls=settings.tls,
-            engine=settings.engine,
-            cache=settings.cache,
-            batch=settings.batch,
-            cpu=cpu,
-            journal=None if settings.journal is None else str(settings.journal),
-        )
+    return WorkerSettings(
+        worker_id=worker_id,
+        role=settings.role,
+        epoch=0,
+        router=str(parse_host_port(settings.router, tls=settings.tls)),
+        key=read_key(settings.key_file),
+        run_dir="",
+        transports=("tcp",),
+        data_host=settings.advertise,
+        tls=settings.tls,
+        engine=settings.engine,
+        cache=settings.cache,
+        batch=settings.batch,
+        cpu=cpu,
+        journal=None if settings.journal is None else str(settings.journal),
+    )
