@@ -92,3 +92,25 @@ def test_a_request_that_can_never_fit_fails_clearly() -> None:
     world.run()
     assert world.errors["big"].code == "kv_exhausted"
     world.check_clean()
+
+
+@pytest.mark.parametrize("roles", [PAIR, FLEET], ids=["pair", "fleet"])
+@pytest.mark.parametrize("seed", range(25))
+def test_killed_workers_cost_a_pause_and_no_token(roles: dict[str, Role], seed: int) -> None:
+    """While others live (or the dead come back at once) every stream goes on, with the same tokens."""
+    world = World(seed, roles, num_blocks=40)
+    requests = [make_request(number, world.random, world.random.choice(list(Preference))) for number in range(20)]
+    kills = 0
+    for request in requests:
+        world.submit(request)
+        for _ in range(world.random.randrange(40)):
+            world.step()
+        if world.random.random() < 0.25 and kills < 3:
+            world.kill(world.random.choice(sorted(roles)))
+            kills += 1
+    world.run()
+    assert kills
+    assert not world.errors
+    for request in requests:
+        assert world.tokens[request.request_id] == right_answer(request)
+    world.check_clean()

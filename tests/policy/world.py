@@ -37,6 +37,8 @@ class WorldWorker:
         limits = BatchLimits(max_batch_tokens=16, max_sequences=6)
         self.policy = WorkerPolicy(MODEL.layout, BlockPool(num_blocks, 4), limits, MODEL.info.eos_token_ids)
         self.tickets: dict[str, TicketClaims] = {}
+        self.pushing: dict[str, str] = {}  # request -> target
+        self.writers: dict[str, str] = {}  # request -> source
 
     def view(self) -> WorkerView:
         return WorkerView(
@@ -113,6 +115,7 @@ class WorldWorker:
 
     def push(self, push: do.PushPages, layer: int) -> None:
         target = self.world.workers[push.claims.worker_id]
+        self.pushing[push.request_id] = target.worker_id
         deliver = lambda: target.take_in(push, layer, self)  # noqa: E731
         self.world.send(self.worker_id, target.worker_id, deliver, tag=push.request_id)
 
@@ -120,6 +123,7 @@ class WorldWorker:
         """A layer's pages arrive: copied now, out of what the source's memory holds now."""
         if self.tickets.get(push.request_id) != push.claims:
             return
+        self.writers[push.request_id] = source.worker_id
         for piece in push.plan.layers:
             if piece.layer == layer:
                 theirs, ours = source.kv.layer(layer), self.kv.layer(layer)
@@ -186,6 +190,24 @@ class World:
         live = self.router.live.get(request.request_id)
         if live is not None:
             self.routes[request.request_id] = live.route.header()
+
+    def kill(self, name: str) -> None:
+        """A worker dies with everything that is on its way to or from it; a new life takes its place."""
+        for key, queue in self.queues.items():
+            if any(name in end.split() for end in key):
+                queue.clear()
+        dead = self.workers[name]
+        self.workers[name] = WorldWorker(self, name, dead.role, dead.kv.num_blocks)
+        for worker in self.workers.values():
+            pushing = tuple(request_id for request_id, target in worker.pushing.items() if target == name)
+            if pushing:
+                event = on.LinkLost(name, pushing)
+                self.send("links of " + worker.worker_id, worker.worker_id, lambda w=worker, e=event: w.handle(e))
+            for request_id in [r for r, source in worker.writers.items() if source == name and r in worker.tickets]:
+                failure = on.HandoffFailed(request_id, "transfer_failed", "the source is gone")
+                self.send("links of " + worker.worker_id, worker.worker_id, lambda w=worker, e=failure: w.handle(e))
+        self.route(on.WorkerGone(name))
+        self.route(on.WorkerUpdated(self.workers[name].view()))
 
     def cancel(self, request_id: str) -> None:
         self.route(on.RequestCancelled(request_id))

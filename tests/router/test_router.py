@@ -118,14 +118,28 @@ def test_cancelling_aborts_in_both_pools() -> None:
     play(script)
 
 
-def test_a_lost_worker_ends_its_requests_and_frees_the_other_side() -> None:
+def attempt(number: int) -> Request:
+    return replace(LONG, request_id=f"r~{number}")
+
+
+def renamed(token: TokenOutput, request_id: str) -> TokenOutput:
+    return replace(token, request_id=request_id)
+
+
+def test_a_lost_decode_worker_costs_a_pause_and_no_token() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
+        prefill.send(messages.Prefilled(output(0), 16, 0.5, 0.25))
+        decode.send(messages.Tokens([output(1)]))
+        tokens = aiter(stream)
+        assert [(await anext(tokens)).token.token_id for _ in range(2)] == [100, 101]
         decode.close()
-        with pytest.raises(ServingError) as failure:
-            await anext(aiter(stream))
-        assert failure.value.code == "worker_lost"
-        assert await anext(prefill) == messages.Abort("r")
+        assert await anext(prefill) == messages.Serve(attempt(2), (100, 101))
+        prefill.send(messages.Tokens([output(2)]))  # of the first attempt: it means nothing now
+        last = renamed(output(2, FinishReason.LENGTH), "r~2")
+        prefill.send(messages.Prefilled(last, 0, 9.0, 9.0))
+        assert [token async for token in tokens] == [output(2, FinishReason.LENGTH)]
+        assert stream.num_cached_tokens == 16
         states = {view.worker_id: view.state for view in stage.router.workers()}
         assert states == {"p0": "ready", "d0": "starting"}
         assert not stage.router.ready()
@@ -133,27 +147,59 @@ def test_a_lost_worker_ends_its_requests_and_frees_the_other_side() -> None:
     play(script)
 
 
-def test_a_failure_on_one_side_cancels_the_other() -> None:
+def test_a_lost_prefill_worker_costs_a_pause_too() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, _ = await start_split(stage)
+        prefill.close()
+        assert await anext(decode) == messages.Abort("r")
+        assert await anext(decode) == messages.Serve(attempt(2), ())
+
+    play(script)
+
+
+def test_a_failed_handoff_is_followed_by_a_prefill_where_it_decodes() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, _ = await start_split(stage)
+        decode.send(messages.Failed("r", "kv_corrupt", "pages of layer 1 are corrupt"))
+        assert await anext(prefill) == messages.Abort("r")
+        assert await anext(decode) == messages.Serve(attempt(2), ())
+
+    play(script)
+
+
+def test_with_nobody_left_the_stream_ends_with_the_reason() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
-        prefill.send(messages.Failed("r", "transfer_failed", "the link broke"))
-        with pytest.raises(ServingError, match="the link broke"):
+        prefill.close()
+        assert await anext(decode) == messages.Abort("r")
+        decode.close()
+        with pytest.raises(ServingError, match="worker d0 was lost") as failure:
+            await anext(aiter(stream))
+        assert failure.value.code == "worker_lost"
+
+    play(script)
+
+
+@pytest.mark.parametrize("code", ["engine_corrupt", "kv_exhausted"])
+def test_what_is_the_request_s_own_fault_is_not_tried_again(code: str) -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        prefill.send(messages.Failed("r", code, "it cannot be served"))
+        with pytest.raises(ServingError, match="it cannot be served"):
             await anext(aiter(stream))
         assert await anext(decode) == messages.Abort("r")
 
     play(script)
 
 
-def test_a_hand_off_that_the_prefill_worker_gave_up_is_its_own_affair() -> None:
-    """The first token was the last; that no pages will come may be heard of earlier than the token itself."""
-
+def test_a_request_that_fails_everybody_fails() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
-        decode.send(messages.Failed("r", "handoff_abandoned", "p0 has given the hand-off up"))
-        decode.send(messages.Granted("unknown", b"ticket", 0))
-        assert await anext(decode) == messages.Abort("unknown")  # so the router has seen both
-        prefill.send(messages.Prefilled(output(0, FinishReason.LENGTH), 0, 0.0, 0.0))
-        assert [token.token.token_id async for token in stream] == [100]
+        decode.send(messages.Failed("r", "kv_corrupt", "again"))
+        for number in (2, 3, 4):
+            decode.send(messages.Failed(f"r~{number}", "transfer_failed", "and again"))
+        with pytest.raises(ServingError, match="and again"):
+            await anext(aiter(stream))
 
     play(script)
 
@@ -192,10 +238,10 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(misfit: messages.
 
 def test_a_newer_life_replaces_the_older_one() -> None:
     async def script(stage: Stage) -> None:
-        prefill, decode, stream = await start_split(stage)
+        prefill, decode, _ = await start_split(stage)
         await stage.join(hello("d0", Role.DECODE, epoch=2))
-        with pytest.raises(ServingError):
-            await anext(aiter(stream))
+        assert await anext(prefill) == messages.Abort("r")
+        assert await anext(prefill) == messages.Serve(attempt(2), ())  # the older one's work goes on elsewhere
         assert isinstance(await anext(decode), messages.Refused)  # so it does not come back
         with pytest.raises(StopAsyncIteration):
             await anext(decode)

@@ -95,13 +95,12 @@ def test_answers_across_hosts_are_exact(hosts: Hosts, server: Server) -> None:
 def test_a_worker_that_is_killed_is_missed_and_comes_back_in_a_new_life(hosts: Hosts, server: Server) -> None:
     with hosts.worker() as process:
         epoch = ready(server, "far")
-        with server.stream(PROMPT, "split", max_tokens=2000) as stream:
+        with server.stream(PROMPT, "split", max_tokens=400) as stream:
+            assert stream.route == ROUTE
             token_ids = [next(stream.token_ids) for _ in range(5)]
             process.kill()
             token_ids += stream.token_ids
-        assert token_ids == expected_tokens(PROMPT, len(token_ids))
-        assert stream.error is not None
-        assert stream.error["code"] == "worker_lost"
+        assert (token_ids, stream.done) == (expected_tokens(PROMPT, 400), True)  # its log is continued on `near`
     soon(lambda: list(server.fleet()) == ["prefill-0"], "it is missed")
     assert server.complete(PROMPT, max_tokens=5).route == "local=prefill-0"
     with hosts.worker():

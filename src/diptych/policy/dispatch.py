@@ -6,11 +6,15 @@
 
 The log of record is kept here. Tokens come from two workers over two connections, so they are put in
 order by their index; a duplicate is dropped. Whatever ends a request on one worker ends it on the other.
+
+A worker or hand-off that fails does not end the request: the log so far is continued elsewhere, by a new
+attempt. Workers know each attempt by an id of its own, so what an older one still sends means nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from diptych.core.actions import (
     AbortOn,
@@ -22,7 +26,7 @@ from diptych.core.actions import (
     StartPrefill,
 )
 from diptych.core.blocks import block_hashes
-from diptych.core.errors import DiptychError, ServingError
+from diptych.core.errors import ServingError
 from diptych.core.events import (
     BlocksCached,
     FirstTokenMade,
@@ -36,10 +40,11 @@ from diptych.core.events import (
     WorkerUpdated,
 )
 from diptych.core.fleet import Route, WorkerId, WorkerView
-from diptych.core.request import Request, TokenOutput
+from diptych.core.request import Preference, Request, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.policy.admission import AdmissionLimits, refusal
 from diptych.policy.prefix_index import PrefixIndex
+from diptych.policy.recovery import LOST_WORKER, preference_after
 from diptych.policy.routing import Demand, Routing, WorkerLoad
 
 
@@ -50,10 +55,17 @@ class LiveRequest:
     request: Request
     route: Route
     timeline: Timeline
-    prefill_tokens: int  # credited to the worker that prefills, until the first token
+    prefill_tokens: int = 0  # credited to the worker that prefills, until the first token
     output_token_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     early: dict[int, TokenOutput] = field(default_factory=dict)  # tokens ahead of a missing one
+    attempt: int = 1
+    num_resumed: int = 0  # tokens of the log that this attempt began with
+
+    @property
+    def attempt_id(self) -> str:
+        """What workers call this attempt."""
+        return self.request.request_id if self.attempt == 1 else f"{self.request.request_id}~{self.attempt}"
 
     @property
     def prefiller(self) -> WorkerId:
@@ -62,7 +74,7 @@ class LiveRequest:
     @property
     def handed_over(self) -> bool:
         """The decode worker has gone on from the first token: the prefill worker's part is done."""
-        return len(self.output_token_ids) > 1 or bool(self.early)
+        return len(self.output_token_ids) > self.num_resumed + 1 or bool(self.early)
 
     def needs(self, worker_id: WorkerId) -> bool:
         """Whether it cannot go on without this worker."""
@@ -74,6 +86,14 @@ class LiveRequest:
         return (self.route.decode,) if self.route.prefill is None else (self.route.decode, self.route.prefill)
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A route, and how many tokens there are to compute on its prefilling worker."""
+
+    route: Route
+    prefill_tokens: int
+
+
 class RouterPolicy:
     """The decisions of the router."""
 
@@ -83,6 +103,8 @@ class RouterPolicy:
         self.workers: dict[WorkerId, WorkerView] = {}
         self.live: dict[str, LiveRequest] = {}
         self.ignored = 0  # messages about requests that are over, and tokens that came twice
+        self.retried = 0  # attempts after the first
+        self._attempts: dict[str, LiveRequest] = {}  # by attempt_id
         self.routing = routing
         self._limits = limits or AdmissionLimits()
         self._index = index or PrefixIndex(capacity=1 << 20)
@@ -120,24 +142,36 @@ class RouterPolicy:
         error = refusal(len(self.live), queued, self.workers.values(), self._limits)
         if error is not None:
             return [DeliverFailure(request.request_id, error)]
-        demand = Demand(len(request.prompt_token_ids), self._cached_tokens(request), request.prefer)
-        choice = self.routing.choose(demand, list(self.workers.values()), loads)
-        if choice is None:
+        place = self._place(request.prompt_token_ids, request, request.prefer)
+        if place is None:
             raise ValueError("admission let a request in that no worker can take")
-        route = choice.route
-        uncached = demand.uncached(route.prefill or route.decode)
-        timeline = Timeline(arrived=now, split=route.prefill is not None, dispatched=now)
-        self.live[request.request_id] = LiveRequest(request, route, timeline, uncached)
-        if route.prefill is None:
-            return [StartLocal(route.decode, request)]
-        return [ReserveBlocks(route.decode, request)]
+        timeline = Timeline(arrived=now, split=place.route.prefill is not None, dispatched=now)
+        live = self.live[request.request_id] = LiveRequest(request, place.route, timeline)
+        return self._start(live, place)
 
-    def _cached_tokens(self, request: Request) -> dict[WorkerId, int]:
-        """Leading prompt tokens that each worker has in its prefix cache."""
+    def _place(self, log: Sequence[int], request: Request, prefer: Preference) -> _Place | None:
+        """Where a log is continued best; None if no worker is ready."""
+        demand = Demand(len(log), self._cached_tokens(log, request.cache_salt), prefer)
+        choice = self.routing.choose(demand, list(self.workers.values()), self.loads())
+        if choice is None:
+            return None
+        return _Place(choice.route, demand.uncached(choice.route.prefill or choice.route.decode))
+
+    def _start(self, live: LiveRequest, place: _Place) -> list[RouterAction]:
+        """Have the place's workers begin with the log as it is."""
+        live.route, live.prefill_tokens = place.route, place.prefill_tokens
+        self._attempts[live.attempt_id] = live
+        request, outputs = replace(live.request, request_id=live.attempt_id), tuple(live.output_token_ids)
+        if live.route.prefill is None:
+            return [StartLocal(live.route.decode, request, outputs)]
+        return [ReserveBlocks(live.route.decode, request, outputs)]
+
+    def _cached_tokens(self, log: Sequence[int], salt: str) -> dict[WorkerId, int]:
+        """Leading tokens of a log that each worker has in its prefix cache."""
         sizes = {worker.block_size for worker in self.workers.values()}
         cached: dict[WorkerId, int] = {}
         for size in sizes:
-            hashes = block_hashes(request.prompt_token_ids, size, request.cache_salt)
+            hashes = block_hashes(log, size, salt)
             for worker_id, blocks in self._index.match(hashes).items():
                 if worker_id in self.workers and self.workers[worker_id].block_size == size:
                     cached[worker_id] = blocks * size
@@ -157,25 +191,27 @@ class RouterPolicy:
         return any(live.needs(worker_id) for live in self.live.values())
 
     def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes) -> list[RouterAction]:
-        live = self.live.get(request_id)
+        live = self._attempts.get(request_id)
         if live is None or live.route.decode != worker_id or live.route.prefill is None:
             self.ignored += 1
             return [AbortOn(worker_id, request_id)]
-        return [StartPrefill(live.route.prefill, live.request, ticket, worker_id, live.route.transport)]
+        request, outputs = replace(live.request, request_id=request_id), tuple(live.output_token_ids)
+        return [StartPrefill(live.route.prefill, request, ticket, worker_id, live.route.transport, outputs)]
 
     # tokens
 
     def _first_token(self, event: FirstTokenMade, now: float) -> list[RouterAction]:
-        live = self.live.get(event.output.request_id)
+        live = self._attempts.get(event.output.request_id)
         if live is not None:
             live.prefill_tokens = 0
-            live.num_cached_tokens = event.num_cached_tokens
-            live.timeline.queue_seconds = event.queue_seconds
-            live.timeline.prefill_seconds = event.prefill_seconds
+            if live.attempt == 1:  # what the client is told is how its prompt fared
+                live.num_cached_tokens = event.num_cached_tokens
+                live.timeline.queue_seconds = event.queue_seconds
+                live.timeline.prefill_seconds = event.prefill_seconds
         return self._token(event.worker_id, event.output, now)
 
     def _token(self, worker_id: WorkerId, output: TokenOutput, now: float) -> list[RouterAction]:
-        live = self.live.get(output.request_id)
+        live = self._attempts.get(output.request_id)
         if live is None or worker_id not in live.workers or output.index < len(live.output_token_ids):
             self.ignored += 1
             return []
@@ -184,10 +220,10 @@ class RouterPolicy:
         while (following := live.early.pop(len(live.output_token_ids), None)) is not None:
             live.output_token_ids.append(following.token.token_id)
             live.timeline.token(now)
-            actions.append(Deliver(following))
+            actions.append(Deliver(replace(following, request_id=live.request.request_id)))
             if following.finish is not None:
                 live.timeline.finished = now
-                actions += self._end(output.request_id, finished_on=worker_id)
+                actions += self._end(live.request.request_id, finished_on=worker_id)
                 break
         return actions
 
@@ -196,16 +232,16 @@ class RouterPolicy:
     def _end(self, request_id: str, finished_on: WorkerId | None = None) -> list[RouterAction]:
         """Forget a request and have every worker let go of it, except where it ended by itself."""
         live = self.live.pop(request_id, None)
-        if live is None:
-            return []
-        done = {finished_on, live.route.prefill if live.handed_over else None}
-        return [AbortOn(worker, request_id) for worker in live.workers if worker not in done]
+        return [] if live is None else self._let_go(live, finished_on)
 
-    def _fail(self, request_id: str, error: DiptychError, but: WorkerId) -> list[RouterAction]:
-        return [*self._end(request_id, finished_on=but), DeliverFailure(request_id, error)]
+    def _let_go(self, live: LiveRequest, finished_on: WorkerId | None) -> list[RouterAction]:
+        """Have the workers of this attempt stop, except where it has ended by itself."""
+        del self._attempts[live.attempt_id]
+        done = {finished_on, live.route.prefill if live.handed_over else None}
+        return [AbortOn(worker, live.attempt_id) for worker in live.workers if worker not in done]
 
     def _failed(self, event: RequestFailed) -> list[RouterAction]:
-        live = self.live.get(event.request_id)
+        live = self._attempts.get(event.request_id)
         if live is None or event.worker_id not in live.workers:
             self.ignored += 1
             return []
@@ -213,15 +249,31 @@ class RouterPolicy:
             return []  # only the news that its pages were accepted got lost
         if event.worker_id == live.route.decode and event.code == "handoff_abandoned":
             return []  # the prefill worker had a reason (say, the first token was the last), and gives it itself
-        return self._fail(event.request_id, ServingError(event.message, code=event.code), event.worker_id)
+        return self._try_again(live, ServingError(event.message, code=event.code), event.worker_id)
 
     def _worker_gone(self, worker_id: WorkerId) -> list[RouterAction]:
         self.workers.pop(worker_id, None)
         self._index.forget_worker(worker_id)
         actions: list[RouterAction] = []
-        for request_id, live in list(self.live.items()):
+        for live in list(self.live.values()):
             if not live.needs(worker_id):
                 continue
-            error = ServingError(f"worker {worker_id} was lost while it served this request", code="worker_lost")
-            actions += self._fail(request_id, error, worker_id)
+            error = ServingError(f"worker {worker_id} was lost while it served this request", code=LOST_WORKER)
+            actions += self._try_again(live, error, worker_id)
         return actions
+
+    def _try_again(self, live: LiveRequest, error: ServingError, failed_on: WorkerId) -> list[RouterAction]:
+        """Continue the log elsewhere, or end the stream with the error."""
+        actions = self._let_go(live, failed_on)
+        prefer = preference_after(error.code, live.attempt, live.request.prefer)
+        log = (*live.request.prompt_token_ids, *live.output_token_ids)
+        live.prefill_tokens = 0
+        place = None if prefer is None else self._place(log, live.request, prefer)
+        if place is None:
+            del self.live[live.request.request_id]
+            return [*actions, DeliverFailure(live.request.request_id, error)]
+        self.retried += 1
+        live.attempt += 1
+        live.num_resumed = len(live.output_token_ids)
+        live.early.clear()
+        return actions + self._start(live, place)

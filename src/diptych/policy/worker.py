@@ -64,7 +64,6 @@ class _Life:
 
     sequence: Sequence
     arrived: float
-    first_index: int  # output index of the first token made here
     scheduled: float | None = None
     first_token: bool = False  # has been made (or came with the hand-off)
 
@@ -153,7 +152,7 @@ class WorkerPolicy:
             self.target.reserve(sequence)
         else:
             self.scheduler.add(sequence)
-        self._lives[request_id] = _Life(sequence, now, sequence.num_output_tokens)
+        self._lives[request_id] = _Life(sequence, now)
         return []
 
     def _abort(self, request_id: str) -> list[WorkerAction]:
