@@ -84,6 +84,16 @@ def test_wishes_overrule_the_prediction() -> None:
     assert route(Demand(4096, {}, Preference.LOCAL), PAIR) == "local=d0"
 
 
+def test_a_suspect_pair_is_not_used() -> None:
+    fleet = [worker("p0", Role.PREFILL), worker("p1", Role.PREFILL), worker("d0", Role.DECODE)]
+    choice = Routing().choose(Demand(1024, {}), fleet, {}, avoid={("p0", "d0")})
+    assert choice is not None
+    assert choice.route.prefill == "p1"
+    choice = Routing().choose(Demand(1024, {}, Preference.SPLIT), PAIR, {}, avoid={("p0", "d0")})
+    assert choice is not None
+    assert choice.route.header() == "local=d0"
+
+
 def test_two_mixed_workers_can_be_made_to_split() -> None:
     fleet = [worker("m0", Role.MIXED), worker("m1", Role.MIXED)]
     assert route(Demand(1024, {}, Preference.SPLIT), fleet).startswith("prefill=")

@@ -44,7 +44,7 @@ from diptych.core.request import Preference, Request, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.policy.admission import AdmissionLimits, refusal
 from diptych.policy.prefix_index import PrefixIndex
-from diptych.policy.recovery import LOST_WORKER, preference_after
+from diptych.policy.recovery import FAILED_HANDOFFS, LOST_WORKER, SuspectPairs, preference_after
 from diptych.policy.routing import Demand, Routing, WorkerLoad
 
 
@@ -105,7 +105,8 @@ class RouterPolicy:
         self.ignored = 0  # messages about requests that are over, and tokens that came twice
         self.retried = 0  # attempts after the first
         self._attempts: dict[str, LiveRequest] = {}  # by attempt_id
-        self.routing = routing
+        self._suspects = SuspectPairs()
+        self._routing = routing
         self._limits = limits or AdmissionLimits()
         self._index = index or PrefixIndex(capacity=1 << 20)
 
@@ -123,12 +124,12 @@ class RouterPolicy:
             case TokensMade(worker_id, outputs):
                 return [action for output in outputs for action in self._token(worker_id, output, now)]
             case RequestFailed():
-                return self._failed(event)
+                return self._failed(event, now)
             case WorkerUpdated(view):
                 self.workers[view.worker_id] = view
                 return []
             case WorkerGone(worker_id):
-                return self._worker_gone(worker_id)
+                return self._worker_gone(worker_id, now)
             case BlocksCached(worker_id, stored, evicted):
                 self._index.store(worker_id, stored)
                 self._index.evict(worker_id, evicted)
@@ -142,17 +143,17 @@ class RouterPolicy:
         error = refusal(len(self.live), queued, self.workers.values(), self._limits)
         if error is not None:
             return [DeliverFailure(request.request_id, error)]
-        place = self._place(request.prompt_token_ids, request, request.prefer)
+        place = self._place(request.prompt_token_ids, request, request.prefer, now)
         if place is None:
             raise ValueError("admission let a request in that no worker can take")
         timeline = Timeline(arrived=now, split=place.route.prefill is not None, dispatched=now)
         live = self.live[request.request_id] = LiveRequest(request, place.route, timeline)
         return self._start(live, place)
 
-    def _place(self, log: Sequence[int], request: Request, prefer: Preference) -> _Place | None:
+    def _place(self, log: Sequence[int], request: Request, prefer: Preference, now: float) -> _Place | None:
         """Where a log is continued best; None if no worker is ready."""
         demand = Demand(len(log), self._cached_tokens(log, request.cache_salt), prefer)
-        choice = self.routing.choose(demand, list(self.workers.values()), self.loads())
+        choice = self._routing.choose(demand, list(self.workers.values()), self.loads(), self._suspects.at(now))
         if choice is None:
             return None
         return _Place(choice.route, demand.uncached(choice.route.prefill or choice.route.decode))
@@ -189,6 +190,10 @@ class RouterPolicy:
     def is_needed(self, worker_id: WorkerId) -> bool:
         """Whether a live request still depends on this worker."""
         return any(live.needs(worker_id) for live in self.live.values())
+
+    def transport(self, prefill: WorkerView, decode: WorkerView) -> str | None:
+        """How pages would go from one worker to another, if at all."""
+        return self._routing.transport(prefill, decode)
 
     def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes) -> list[RouterAction]:
         live = self._attempts.get(request_id)
@@ -240,7 +245,7 @@ class RouterPolicy:
         done = {finished_on, live.route.prefill if live.handed_over else None}
         return [AbortOn(worker, live.attempt_id) for worker in live.workers if worker not in done]
 
-    def _failed(self, event: RequestFailed) -> list[RouterAction]:
+    def _failed(self, event: RequestFailed, now: float) -> list[RouterAction]:
         live = self._attempts.get(event.request_id)
         if live is None or event.worker_id not in live.workers:
             self.ignored += 1
@@ -249,26 +254,29 @@ class RouterPolicy:
             return []  # only the news that its pages were accepted got lost
         if event.worker_id == live.route.decode and event.code == "handoff_abandoned":
             return []  # the prefill worker had a reason (say, the first token was the last), and gives it itself
-        return self._try_again(live, ServingError(event.message, code=event.code), event.worker_id)
+        if live.route.prefill is not None and event.code in FAILED_HANDOFFS:
+            self._suspects.suspect((live.route.prefill, live.route.decode), now)
+        return self._try_again(live, ServingError(event.message, code=event.code), event.worker_id, now)
 
-    def _worker_gone(self, worker_id: WorkerId) -> list[RouterAction]:
+    def _worker_gone(self, worker_id: WorkerId, now: float) -> list[RouterAction]:
         self.workers.pop(worker_id, None)
         self._index.forget_worker(worker_id)
+        self._suspects.forget(worker_id)
         actions: list[RouterAction] = []
         for live in list(self.live.values()):
             if not live.needs(worker_id):
                 continue
             error = ServingError(f"worker {worker_id} was lost while it served this request", code=LOST_WORKER)
-            actions += self._try_again(live, error, worker_id)
+            actions += self._try_again(live, error, worker_id, now)
         return actions
 
-    def _try_again(self, live: LiveRequest, error: ServingError, failed_on: WorkerId) -> list[RouterAction]:
+    def _try_again(self, live: LiveRequest, error: ServingError, failed_on: WorkerId, now: float) -> list[RouterAction]:
         """Continue the log elsewhere, or end the stream with the error."""
         actions = self._let_go(live, failed_on)
         prefer = preference_after(error.code, live.attempt, live.request.prefer)
         log = (*live.request.prompt_token_ids, *live.output_token_ids)
         live.prefill_tokens = 0
-        place = None if prefer is None else self._place(log, live.request, prefer)
+        place = None if prefer is None else self._place(log, live.request, prefer, now)
         if place is None:
             del self.live[live.request.request_id]
             return [*actions, DeliverFailure(live.request.request_id, error)]

@@ -6,9 +6,14 @@ own becomes "continue this log there". The client sees a pause and no other diff
 
 from __future__ import annotations
 
+from diptych.core.fleet import WorkerId
 from diptych.core.request import Preference
 
 MAX_ATTEMPTS = 4  # per request; somebody who fails four workers is perhaps to blame himself
+
+SUSPECT_SECONDS = 30.0
+
+Pair = tuple[WorkerId, WorkerId]
 
 LOST_WORKER = "worker_lost"
 FAILED_HANDOFFS = frozenset(
@@ -21,6 +26,30 @@ FAILED_HANDOFFS = frozenset(
         "transfer_failed",
     }
 )
+
+
+class SuspectPairs:
+    """(prefill, decode) pairs whose hand-offs have failed: not to be used again for a while.
+
+    A pair, and not a worker: a bad link says nothing about its two ends with others.
+    """
+
+    def __init__(self, seconds: float = SUSPECT_SECONDS) -> None:
+        self._seconds = seconds
+        self._until: dict[Pair, float] = {}
+
+    def suspect(self, pair: Pair, now: float) -> None:
+        """A hand-off between these two has just failed."""
+        self._until[pair] = now + self._seconds
+
+    def forget(self, worker_id: WorkerId) -> None:
+        """The worker is gone; its next life has links of its own."""
+        self._until = {pair: until for pair, until in self._until.items() if worker_id not in pair}
+
+    def at(self, now: float) -> frozenset[Pair]:
+        """The pairs to avoid now."""
+        self._until = {pair: until for pair, until in self._until.items() if until > now}
+        return frozenset(self._until)
 
 
 def preference_after(code: str, attempt: int, wish: Preference) -> Preference | None:

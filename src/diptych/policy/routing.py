@@ -11,7 +11,7 @@ a long one is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from diptych.core.fleet import Role, Route, WorkerId, WorkerState, WorkerView
@@ -57,10 +57,14 @@ class Routing:
         self._transports = tuple(transports)  # in order of preference
 
     def choose(
-        self, demand: Demand, workers: Sequence[WorkerView], loads: Mapping[WorkerId, WorkerLoad]
+        self,
+        demand: Demand,
+        workers: Sequence[WorkerView],
+        loads: Mapping[WorkerId, WorkerLoad],
+        avoid: Collection[tuple[WorkerId, WorkerId]] = (),
     ) -> ScoredRoute | None:
         """The best route, or None if no worker is ready. A wish that nobody can meet is not an error:
-        without a pair, `split` is served locally."""
+        without a pair, `split` is served locally. `avoid` are (prefill, decode) pairs not to be used."""
         ready = [worker for worker in workers if worker.state is WorkerState.READY]
         decoders = [worker for worker in ready if worker.role is not Role.PREFILL] or ready
         local = [self._local(demand, worker, loads) for worker in decoders]
@@ -69,7 +73,11 @@ class Routing:
             prefillers = [worker for worker in ready if worker.role is Role.PREFILL]
             if not prefillers and demand.prefer is Preference.SPLIT:
                 prefillers = ready
-            split = self._pairs(demand, prefillers, decoders, loads)
+            split = [
+                option
+                for option in self._pairs(demand, prefillers, decoders, loads)
+                if (option.route.prefill, option.route.decode) not in avoid
+            ]
         options = split if split and demand.prefer is Preference.SPLIT else local + split
         return min(options, key=lambda option: option.seconds, default=None)
 

@@ -185,7 +185,7 @@ class Router:
             for source, target in ((link, newcomer), (newcomer, link)):
                 if source.hello.role is not Role.PREFILL or target.hello.role is Role.PREFILL:
                     continue
-                transport = self._policy.routing.transport(source.view(), target.view())
+                transport = self._policy.transport(source.view(), target.view())
                 endpoint = target.endpoint(transport) if transport is not None else None
                 if endpoint is not None:
                     source.channel.send(messages.WarmUp(target.worker_id, target.hello.epoch, endpoint))
