@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test check bench docs clean
+.PHONY: serve test check bench bench-survival docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -25,6 +25,9 @@ check: $(VENV)/dev.stamp  ## lint, types, import directions
 
 bench: $(VENV)/dev.stamp  ## engine, serving and interference figures (benchmarks/)
 	$(BIN)/python -m diptych.bench.all --out benchmarks
+
+bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
+	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
 
 docs: $(VENV)/dev.stamp  ## regenerate what is generated
 	$(BIN)/python -m diptych.policy.handoff > docs/handoff.md
