@@ -14,6 +14,7 @@ from typer import Argument, Option
 
 from diptych import __version__
 from diptych.core.errors import ConfigError, DiptychError
+from diptych.core.fleet import Role
 from diptych.core.settings import BatchSettings, CacheSettings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -45,35 +46,59 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+# flags that `serve` and `worker` share
+
+Model = Annotated[str | None, Argument(help="Checkpoint directory or hub id. Default: the built-in model.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], Option(help="What workers compute in.")]
+Device = Annotated[Literal["cpu", "cuda"], Option(help="Where workers compute.")]
+MaxModelLen = Annotated[int | None, Option(min=1, help="Longest prompt plus answer, in tokens.")]
+KVCacheTokens = Annotated[int | None, Option(min=1, help="KV cache of each worker, in tokens.")]
+BlockSize = Annotated[int, Option(min=1, help="Tokens per KV block.")]
+EvictionOrder = Annotated[Literal["lru", "fifo"], Option(help="Which cached block goes first.")]
+PrefixCaching = Annotated[bool, Option(help="Reuse the KV of shared prefixes.")]
+MaxBatchTokens = Annotated[int, Option(min=2, help="Tokens per step; longer prompts go in chunks.")]
+MaxSequences = Annotated[int, Option(min=1, help="Sequences per step and worker.")]
+EngineKind = Annotated[Literal["torch", "scripted"], Option(help="scripted: no model, made-up tokens.")]
+Tls = Annotated[bool, Option("--tls", help="Encrypt channels between hosts.")]
+Advertise = Annotated[str | None, Option(help="This machine's address, as the others' workers reach it.")]
+Config = Annotated[Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")]
+
+
 @app.command()
 def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
-    model: Annotated[str | None, Argument(help="Checkpoint directory or hub id. Default: the built-in model.")] = None,
+    model: Model = None,
     prefill: Annotated[int | None, Option(min=0, help="Workers that read prompts. Default 1; 0 with --mixed.")] = None,
     decode: Annotated[int | None, Option(min=0, help="Workers that write answers. Default 1; 0 with --mixed.")] = None,
     mixed: Annotated[int, Option(min=0, help="Workers that do both, un-split.")] = 0,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Option(help="What workers compute in.")] = "auto",
-    device: Annotated[Literal["cpu", "cuda"], Option(help="Where workers compute.")] = "cpu",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
     transport: Annotated[Literal["auto", "shm", "tcp"], Option(help="How KV pages travel.")] = "auto",
-    max_model_len: Annotated[int | None, Option(min=1, help="Longest prompt plus answer, in tokens.")] = None,
-    kv_cache_tokens: Annotated[int | None, Option(min=1, help="KV cache of each worker, in tokens.")] = None,
-    block_size: Annotated[int, Option(min=1, help="Tokens per KV block.")] = 16,
-    eviction: Annotated[Literal["lru", "fifo"], Option(help="Which cached block goes first.")] = "lru",
-    prefix_caching: Annotated[bool, Option(help="Reuse the KV of shared prefixes.")] = True,
-    max_batch_tokens: Annotated[int, Option(min=2, help="Tokens per step; longer prompts go in chunks.")] = 512,
-    max_sequences: Annotated[int, Option(min=1, help="Sequences per step and worker.")] = 64,
+    max_model_len: MaxModelLen = None,
+    kv_cache_tokens: KVCacheTokens = None,
+    block_size: BlockSize = 16,
+    eviction: EvictionOrder = "lru",
+    prefix_caching: PrefixCaching = True,
+    max_batch_tokens: MaxBatchTokens = 512,
+    max_sequences: MaxSequences = 64,
     max_requests: Annotated[int, Option(min=1, help="Streams served or queued at once; beyond that 429.")] = 1024,
     served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
     api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
-    engine: Annotated[Literal["torch", "scripted"], Option(help="scripted: no model, made-up tokens.")] = "torch",
+    engine: EngineKind = "torch",
+    listen: Annotated[str | None, Option(help="HOST:PORT where workers of other machines may join.")] = None,
+    key_file: Annotated[Path | None, Option(help="Secret that they share with this server; made if missing.")] = None,
+    tls: Tls = False,
+    advertise: Advertise = None,
     journal: Annotated[Path | None, Option(help="Directory for a record of every decision (JSONL).")] = None,
-    config: Annotated[Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")] = None,
+    config: Config = None,
 ) -> None:
     """Serve a model through a prefill and a decode pool, with an OpenAI-compatible API."""
     from diptych import serve as composition
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if listen is not None and key_file is None:
+        raise ConfigError("--listen needs --key-file: only who holds the same key may join")
     split = 0 if mixed else 1
     settings = composition.ServeSettings(
         pools=composition.PoolSettings(
@@ -94,6 +119,57 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
             served_model_names=tuple(served_model_name or ()),
             max_requests=max_requests,
         ),
+        join=None
+        if listen is None or key_file is None
+        else composition.JoinPoint(address=listen, key_file=key_file, tls=tls, advertise=advertise),
+        journal=journal,
+    )
+    composition.run(settings)
+
+
+@app.command()
+def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
+    role: Annotated[Role, Option(help="What it is for.")],
+    join: Annotated[str, Option(help="HOST:PORT of the server's --listen.")],
+    key_file: Annotated[Path, Option(help="The server's key file, copied here.")],
+    model: Model = None,
+    id: Annotated[str | None, Option(help="Its name in the fleet. Default: role and host name.")] = None,
+    tls: Tls = False,
+    advertise: Advertise = None,
+    grace_seconds: Annotated[float, Option(min=0, help="For running requests, once it is told to leave.")] = 30.0,
+    rejoin_seconds: Annotated[float, Option(min=0, help="How long a server may be gone.")] = 300.0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    max_model_len: MaxModelLen = None,
+    kv_cache_tokens: KVCacheTokens = None,
+    block_size: BlockSize = 16,
+    eviction: EvictionOrder = "lru",
+    prefix_caching: PrefixCaching = True,
+    max_batch_tokens: MaxBatchTokens = 512,
+    max_sequences: MaxSequences = 64,
+    engine: EngineKind = "torch",
+    journal: Annotated[Path | None, Option(help="File for a record of every decision (JSONL).")] = None,
+    config: Config = None,
+) -> None:
+    """Add one worker to a server that runs on another machine (diptych serve --listen)."""
+    from diptych import join as composition
+    from diptych.serve import engine_settings
+    from diptych.worker.joining import Patience
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = composition.JoinSettings(
+        role=role,
+        router=join,
+        key_file=key_file,
+        tls=tls,
+        worker_id=id,
+        advertise=advertise,
+        engine=engine_settings(
+            model, kind=engine, device=device, dtype=dtype, block_size=block_size, max_model_len=max_model_len
+        ),
+        cache=CacheSettings(kv_tokens=kv_cache_tokens, eviction=eviction, prefix_caching=prefix_caching),
+        batch=BatchSettings(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
+        patience=Patience(grace=grace_seconds, rejoin=rejoin_seconds),
         journal=journal,
     )
     composition.run(settings)

@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from diptych.router.dispatch import FleetCallbacks, Router
 from diptych.startup import Screen
 from diptych.telemetry.journal import open_journal
 from diptych.wire import messages
-from diptych.wire.channel import listen
+from diptych.wire.address import TcpAddress, advertised, parse_host_port
+from diptych.wire.channel import Listener, listen
+from diptych.wire.key_file import read_or_create_key
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +65,6 @@ class PoolSettings:
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"--transport {self.transport}: one of {', '.join(TRANSPORTS)}")
-        if self.prefill + self.decode + self.mixed == 0:
-            raise ConfigError("no workers: give --prefill and --decode, or --mixed")
 
     def roles(self) -> dict[WorkerId, Role]:
         """Worker ids and roles, prefill workers first."""
@@ -84,15 +84,56 @@ class HttpSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JoinPoint:
+    """Where workers from elsewhere are taken in, and how they prove that they may.
+
+    `address` is HOST:PORT; `advertise` is where they reach our own workers (None: at the same host)."""
+
+    address: str
+    key_file: Path
+    tls: bool = False
+    advertise: str | None = None
+
+    @property
+    def listen_address(self) -> TcpAddress:
+        """Raises ConfigError if it is none, or a routable one without TLS."""
+        return parse_host_port(self.address, tls=self.tls)
+
+    @property
+    def data_host(self) -> str:
+        """Raises ConfigError if it is not known."""
+        address = self.listen_address
+        return advertised(replace(address, host=self.advertise or address.host)).host
+
+    def flags(self, address: str) -> str:
+        """With which flags `diptych worker` joins here; `address` is where this really listens."""
+        tls = " --tls" if self.tls else ""
+        return f"--join {address.partition(':')[2]}{tls} --key-file {self.key_file.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    """Everything `diptych serve` is told, by the part that it concerns."""
+    """Everything `diptych serve` is told, by the part that it concerns.
+
+    Raises ConfigError if there could never be a worker."""
 
     pools: PoolSettings = field(default_factory=PoolSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
+    join: JoinPoint | None = None
     journal: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.pools.roles() and self.join is None:
+            raise ConfigError("no workers: give --prefill and --decode, or --mixed, or --listen for others to join")
+        if self.join is not None and "tcp" not in self.transports:
+            raise ConfigError(f"--transport {self.pools.transport} does not reach workers that --listen lets in")
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        return TRANSPORTS[self.pools.transport]
 
 
 def engine_settings(model: str | None, **options: Any) -> EngineSettings:
@@ -168,9 +209,10 @@ async def _front(settings: ServeSettings, fleet: _Fleet, sock: socket.socket) ->
 
 @contextlib.asynccontextmanager
 async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
-    """The router, listening on a private socket, and its workers."""
+    """The router, listening on a private socket (and where others may join), and its workers."""
     roles = settings.pools.roles()
-    key = secrets.token_bytes(KEY_BYTES)
+    join = settings.join
+    key = secrets.token_bytes(KEY_BYTES) if join is None else read_or_create_key(join.key_file)
     with tempfile.TemporaryDirectory(prefix="diptych-") as run_dir:
         address = f"unix:{run_dir}/router.sock"
         workers = LocalFleet(_worker_settings(settings, roles, address, key, run_dir))
@@ -182,19 +224,22 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
             workers.confirm_started(worker_id)
             screen.joined(worker_id)
             awaited.discard(worker_id)
-            if not awaited:
+            if not awaited and (join is None or router.ready()):
                 started.set()
 
         policy = RouterPolicy(
-            Routing(transports=TRANSPORTS[settings.pools.transport]),
+            Routing(transports=settings.transports),
             AdmissionLimits(max_requests=settings.http.max_requests),
         )
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)
         router = Router(policy, WallClock(), journal, expected=roles, callbacks=callbacks)
         tasks: list[asyncio.Task[Any]] = [asyncio.create_task(router.beat())]
-        listener = await listen(address, key, router.on_channel, messages.FromWorker)
+        listeners = [await listen(address, key, router.on_channel, messages.FromWorker)]
         try:
+            if join is not None:
+                listeners.append(await _listen_for_others(join, key, router))
+                screen.listening(join.flags(listeners[-1].address))
             workers.start()
             waiting = asyncio.create_task(started.wait())
             tasks.append(waiting)
@@ -203,10 +248,19 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
         finally:
             router.shutdown()
             await workers.stop()
-            await listener.close()
+            for listener in listeners:
+                await listener.close()
             for task in tasks:
                 task.cancel()
             journal.close()
+
+
+async def _listen_for_others(join: JoinPoint, key: bytes, router: Router) -> Listener:
+    address = join.listen_address
+    try:
+        return await listen(str(address), key, router.on_channel, messages.FromWorker)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {address}: {error.strerror}; change --listen") from error
 
 
 def _worker_settings(
@@ -221,7 +275,9 @@ def _worker_settings(
             router=router,
             key=key,
             run_dir=run_dir,
-            transports=TRANSPORTS[settings.pools.transport],
+            transports=settings.transports,
+            data_host=settings.join.data_host if settings.join else "127.0.0.1",
+            tls=settings.join is not None and settings.join.tls,
             engine=settings.engine,
             cache=settings.cache,
             batch=settings.batch,

@@ -40,6 +40,11 @@ class Screen:
     ) -> None:
         self._progress.stop()
 
+    def listening(self, flags: str) -> None:
+        """Workers from elsewhere are taken in, if they are started with these flags."""
+        command = f"diptych worker --role ROLE {flags}"
+        self._console.print(f"  others may join: {command}", highlight=False, markup=False, soft_wrap=True)
+
     def loading(self, worker_id: WorkerId, done: int, total: int) -> None:
         """A worker has loaded `done` of `total` parts of its model."""
         if worker_id in self._tasks:

@@ -22,3 +22,7 @@ def test_every_worker_has_cores_and_no_more_threads_than_cores(workers: int, cor
 
 def test_two_workers_on_two_cores() -> None:
     assert [(cpu.cores, cpu.threads) for cpu in place(2, [0, 1])] == [((0,), 1), ((1,), 1)]
+
+
+def test_nobody_to_place() -> None:
+    assert place(0, [0, 1]) == []

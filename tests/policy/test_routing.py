@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,6 +70,13 @@ def test_streams_are_spread_over_decode_workers() -> None:
 def test_a_worker_without_room_is_avoided() -> None:
     fleet = [worker("d0", Role.MIXED, blocks_used=999), worker("d1", Role.MIXED)]
     assert route(Demand(1024, {}), fleet) == "local=d1"
+
+
+def test_memory_is_shared_on_one_host_only() -> None:
+    apart = [replace(PAIR[0], host="a"), replace(PAIR[1], host="b")]
+    assert route(Demand(1024, {}), apart) == "prefill=p0;decode=d0;transport=tcp"
+    memory_only = [replace(side, transports=("shm",)) for side in apart]
+    assert route(Demand(1024, {}, Preference.SPLIT), memory_only) == "local=d0"
 
 
 def test_wishes_overrule_the_prediction() -> None:

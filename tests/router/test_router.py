@@ -218,10 +218,12 @@ def test_without_workers_nothing_is_accepted() -> None:
     [
         hello("d0", Role.DECODE, model=replace(MODEL, digest="x")),
         hello("d0", Role.DECODE, layout=replace(LAYOUT, num_layers=3)),
+        hello("d0", Role.DECODE, model=replace(MODEL, max_model_len=99)),
         hello("p0", Role.PREFILL, epoch=1),
+        hello("d0\nINFO all is well", Role.DECODE),
         messages.Hello(messages.WIRE_VERSION + 1, "d0", 1, 42, Role.DECODE, manifest()),
     ],
-    ids=["model", "layout", "same epoch", "wire version"],
+    ids=["model", "layout", "context", "same epoch", "name", "wire version"],
 )
 def test_a_worker_that_does_not_fit_is_refused_with_the_reason(misfit: messages.Hello) -> None:
     async def script(stage: Stage) -> None:
@@ -240,7 +242,8 @@ def test_a_newer_life_replaces_the_older_one() -> None:
         await stage.join(hello("d0", Role.DECODE, epoch=2))
         assert await anext(prefill) == messages.Abort("r")
         assert await anext(prefill) == messages.Serve(attempt(2), ())  # the older one's work goes on elsewhere
-        with pytest.raises(StopAsyncIteration):  # the older life's channel is closed
+        assert isinstance(await anext(decode), messages.Refused)  # so it does not come back
+        with pytest.raises(StopAsyncIteration):
             await anext(decode)
         assert [view.epoch for view in stage.router.workers()] == [2, 1]
 
@@ -259,5 +262,94 @@ def test_a_silent_worker_counts_as_lost() -> None:
         assert stage.silent == ["d0"]
         states = {view.worker_id: view.state for view in stage.router.workers()}
         assert states == {"p0": "ready", "d0": "starting"}
+
+    play(script)
+
+
+async def new_epoch(stage: Stage, worker_id: str, above: int = 0) -> tuple[MemoryChannel[Any], Any]:
+    end = stage.connect()
+    end.send(messages.WantEpoch(worker_id, above))
+    return end, await anext(end)
+
+
+def test_every_life_of_a_worker_from_elsewhere_has_a_higher_epoch() -> None:
+    async def script(stage: Stage) -> None:
+        epochs = []
+        for worker_id in ("far", "far", "other", "far"):
+            _, answer = await new_epoch(stage, worker_id)
+            epochs.append(answer.epoch)
+        assert epochs == sorted(set(epochs))
+        _, answer = await new_epoch(stage, "far", above=1000)  # it remembers more than a router that was restarted
+        assert answer == messages.NewEpoch(1001)
+
+    play(script)
+
+
+def test_the_names_of_the_servers_own_workers_are_taken() -> None:
+    async def script(stage: Stage) -> None:
+        _, answer = await new_epoch(stage, "d0")
+        assert isinstance(answer, messages.Refused)
+        assert "d0" in answer.reason
+
+    play(script)
+
+
+def test_a_worker_that_leaves_finishes_what_it_has_and_gets_nothing_new() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        decode.send(messages.Leaving())
+        prefill.send(messages.Prefilled(output(0), 0, 0.0, 0.0))
+        decode.send(messages.Tokens([output(1)]))
+        tokens = aiter(stream)
+        assert [(await anext(tokens)).index, (await anext(tokens)).index] == [0, 1]
+        states = {view.worker_id: view.state for view in stage.router.workers()}
+        assert states == {"p0": "ready", "d0": "draining"}
+        assert not stage.router.ready()
+        second = stage.router.submit(replace(LONG, request_id="s"))
+        assert second.route.header() == "local=p0"
+        decode.send(messages.Tokens([output(2, FinishReason.LENGTH)]))
+        assert [token.index async for token in tokens] == [2]
+        assert await anext(decode) == messages.Shutdown()
+
+    play(script)
+
+
+def test_a_prefill_worker_may_leave_once_the_decode_worker_has_gone_on() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, decode, stream = await start_split(stage)
+        prefill.send(messages.Leaving())
+        prefill.send(messages.Prefilled(output(0), 0, 0.0, 0.0))
+        tokens = aiter(stream)
+        assert (await anext(tokens)).index == 0
+        assert stage.router.workers()[1].state == "draining"
+        decode.send(messages.Tokens([output(1)]))
+        assert await anext(prefill) == messages.Shutdown()
+        decode.send(messages.Tokens([output(2, FinishReason.LENGTH)]))
+        assert [token.index async for token in tokens] == [1, 2]
+
+    play(script)
+
+
+def test_a_worker_without_work_may_leave_at_once() -> None:
+    async def script(stage: Stage) -> None:
+        prefill, _ = await stage.pair()
+        prefill.send(messages.Leaving())
+        assert await anext(prefill) == messages.Shutdown()
+
+    play(script)
+
+
+def test_pages_for_another_host_do_not_go_through_memory() -> None:
+    endpoints = (
+        KVEndpoint(transport="shm", address="unix:/nowhere"),
+        KVEndpoint(transport="tcp", address="tls:10.0.0.1:1"),
+    )
+
+    async def script(stage: Stage) -> None:
+        far = await stage.join(hello("far", Role.PREFILL, host="b", endpoints=endpoints))
+        near = await stage.join(hello("near", Role.PREFILL, host="a", endpoints=endpoints))
+        await stage.join(hello("d0", Role.DECODE, host="a", endpoints=endpoints))
+        assert await anext(far) == messages.WarmUp("d0", 1, endpoints[1])
+        assert await anext(near) == messages.WarmUp("d0", 1, endpoints[0])
 
     play(script)

@@ -30,7 +30,7 @@ EPOCH = 7
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4)
 NUM_BLOCKS = 24
 TOKEN = SampledToken(42, -0.5, ((42, -0.5),))
-SOCKET_TRANSPORTS = ("shm", "tcp")
+SOCKET_TRANSPORTS = ("shm", "tcp", "tls")
 TRANSPORTS = (*SOCKET_TRANSPORTS, "local")
 
 
@@ -109,8 +109,8 @@ def world(transport: str, directory: Path, seed: int = 0, layout: KVLayout = LAY
     receiver = KVReceiver(about, at_target.put)
     endpoint: KVEndpoint | LocalEndpoint = LocalEndpoint(receiver)
     if transport != "local":
-        address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else "tcp:127.0.0.1:0")
-        endpoint = KVEndpoint(transport=transport, address=address)
+        address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else f"{transport}:127.0.0.1:0")
+        endpoint = KVEndpoint(transport="shm" if transport == "shm" else "tcp", address=address)
     made = World(endpoint, random_memory(seed, layout), target, receiver, at_target)
     try:
         yield made

@@ -22,25 +22,28 @@ from diptych.transfer.frames import FromSource, FromTarget, PushWelcome
 from diptych.wire import blocking, handshake
 from diptych.wire.blocking import MAX_CONTROL_BYTES, BlockingConnection, accept, dial, listening_socket
 from diptych.wire.codec import LENGTH, encode_frame
+from diptych.wire.tls import listener_tls
 
 KEY = b"k" * 32
-TRANSPORTS = ("unix", "tcp")
+TRANSPORTS = ("unix", "tcp", "tls")
 
 
 @contextlib.contextmanager
 def listening(transport: str, directory: Path) -> Iterator[tuple[socket.socket, str]]:
-    sock, address = listening_socket(f"unix:{directory / 's'}" if transport == "unix" else "tcp:127.0.0.1:0")
+    wanted = f"unix:{directory / 's'}" if transport == "unix" else f"{transport}:127.0.0.1:0"
+    sock, address = listening_socket(wanted)
     with sock:
         yield sock, address
 
 
-def accepting(listener: socket.socket, key: bytes = KEY) -> Future[BlockingConnection[Any]]:
+def accepting(listener: socket.socket, address: str, key: bytes = KEY) -> Future[BlockingConnection[Any]]:
     """Serve the next caller, on a thread."""
     future: Future[BlockingConnection[Any]] = Future()
+    tls = listener_tls(address)
 
     def work() -> None:
         try:
-            future.set_result(accept(listener.accept()[0], key, FromSource))
+            future.set_result(accept(listener.accept()[0], key, FromSource, tls))
         except Exception as error:
             future.set_exception(error)
 
@@ -52,7 +55,7 @@ def accepting(listener: socket.socket, key: bytes = KEY) -> Future[BlockingConne
 def joined(transport: str, directory: Path) -> Iterator[tuple[BlockingConnection[Any], BlockingConnection[Any]]]:
     """(source's end, target's end) of one connection."""
     with listening(transport, directory) as (listener, address):
-        accepted = accepting(listener)
+        accepted = accepting(listener, address)
         source = dial(address, KEY, FromTarget)
         target = accepted.result(timeout=10)
     with contextlib.closing(source), contextlib.closing(target):
@@ -188,7 +191,7 @@ def test_descriptors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_another_key_is_noticed_on_both_sides(transport: str, tmp_path: Path) -> None:
     with listening(transport, tmp_path) as (listener, address):
-        accepted = accepting(listener, b"x" * 32)
+        accepted = accepting(listener, address, b"x" * 32)
         with pytest.raises(HandshakeError, match="does not hold"):
             dial(address, KEY, FromTarget)
         with pytest.raises(HandshakeError, match="turned away"):

@@ -56,8 +56,9 @@ async def raw(listener: Listener) -> tuple[asyncio.StreamReader, asyncio.StreamW
     return await asyncio.open_connection(host, int(port))
 
 
-def test_messages_go_both_ways_in_order_over_tcp() -> None:
-    serving("tcp:127.0.0.1:0", works)
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+def test_messages_go_both_ways_in_order_over_tcp(kind: str) -> None:
+    serving(f"{kind}:127.0.0.1:0", works)
 
 
 def test_messages_go_both_ways_in_order_over_unix_sockets(tmp_path: Path) -> None:
@@ -70,14 +71,15 @@ def test_messages_go_both_ways_in_order_over_unix_sockets(tmp_path: Path) -> Non
     serving(f"unix:{path}", test)
 
 
-def test_the_wrong_key_is_noticed_by_the_caller_and_counted_by_the_listener() -> None:
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+def test_the_wrong_key_is_noticed_by_the_caller_and_counted_by_the_listener(kind: str) -> None:
     async def test(listener: Listener) -> None:
         with pytest.raises(HandshakeError, match="does not hold"):
             await connect(listener.address, b"x" * 32, ToWorker)
         await works(listener)
         assert listener.refused == 1
 
-    serving("tcp:127.0.0.1:0", test)
+    serving(f"{kind}:127.0.0.1:0", test)
 
 
 def test_the_listeners_own_proof_sent_back_is_no_proof() -> None:
@@ -205,7 +207,8 @@ def test_a_memory_pair_encodes_and_ends_like_a_real_channel() -> None:
     asyncio.run(run())
 
 
-def test_messages_larger_than_the_stream_buffer_arrive() -> None:
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+def test_messages_larger_than_the_stream_buffer_arrive(kind: str) -> None:
     async def test(listener: Listener) -> None:
         channel = await connect(listener.address, KEY, ToWorker)
         long_id = "r" * (1 << 20)
@@ -214,4 +217,4 @@ def test_messages_larger_than_the_stream_buffer_arrive() -> None:
         assert await anext(channel) == Abort(long_id)
         channel.close()
 
-    serving("tcp:127.0.0.1:0", test)
+    serving(f"{kind}:127.0.0.1:0", test)

@@ -23,11 +23,14 @@ MANIFEST = Manifest(
     layout=KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="bfloat16", block_size=16),
     num_blocks=10,
     endpoints=(ENDPOINT,),
+    host="a",
 )
 
 FROM_WORKER: list[messages.FromWorker] = [
+    messages.WantEpoch("w", 6),
     messages.Loading("w", 1, 3),
     messages.Hello(messages.WIRE_VERSION, "w", 7, 4242, Role.PREFILL, MANIFEST),
+    messages.Leaving(),
     messages.Heartbeat(WorkerStats(running=1, prefill_rate=1e3)),
     messages.Granted("r1", b"\x00ticket\xff", 16),
     messages.Prefilled(OUTPUT, 16, 0.5, 1.25),
@@ -36,6 +39,7 @@ FROM_WORKER: list[messages.FromWorker] = [
     messages.KVEvents([b"\x01" * 16], []),
 ]
 TO_WORKER: list[messages.ToWorker] = [
+    messages.NewEpoch(7),
     messages.Welcome(1),
     messages.Refused("another model"),
     messages.Serve(REQUEST, (9, 8)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -9,6 +10,13 @@ from diptych.core.kv_layout import KVLayout
 
 WorkerId = str
 Epoch = int
+
+_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def is_worker_id(text: str) -> bool:
+    """Whether a text can name a worker. Names go into headers, logs and file names, so they are plain."""
+    return _WORKER_ID.fullmatch(text) is not None
 
 
 class Role(StrEnum):
@@ -42,7 +50,7 @@ class KVEndpoint:
     """Where a decode worker takes pages in: `address` is where its data channel listens.
 
     With transport "shm" that is `unix:PATH`, and the worker passes a descriptor of its KV memory over it;
-    with "tcp" it is `tcp:HOST:PORT`, and pages follow in the frames.
+    with "tcp" it is `tcp:HOST:PORT` or `tls:HOST:PORT`, and pages follow in the frames.
     """
 
     transport: str  # "shm" | "tcp"
@@ -51,12 +59,13 @@ class KVEndpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a worker says of itself when it registers."""
+    """What a worker says of itself when it registers. Workers of equal `host` can share memory."""
 
     model: ModelInfo
     layout: KVLayout
     num_blocks: int
     endpoints: tuple[KVEndpoint, ...] = ()
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +96,7 @@ class WorkerView:
     block_size: int = 16
     token_bytes: int = 0  # KV bytes per token, all layers
     transports: tuple[str, ...] = ()
+    host: str = ""  # workers of equal host can share memory
     stats: WorkerStats = field(default_factory=WorkerStats)
 
     @property

@@ -56,7 +56,11 @@ class CpuSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """`router` is the address to join, `key` the fleet's secret, `run_dir` where sockets live."""
+    """`router` is the address to join, `key` the fleet's secret, `run_dir` where sockets live.
+
+    `data_host` is this machine's address for pages that come over TCP, encrypted with `tls`; None means the
+    address from which it reaches the router.
+    """
 
     worker_id: WorkerId
     role: Role
@@ -65,6 +69,8 @@ class WorkerSettings:
     key: bytes
     run_dir: str
     transports: tuple[str, ...] = ("shm", "tcp")
+    data_host: str | None = "127.0.0.1"
+    tls: bool = False
     engine: EngineSettings = field(default_factory=EngineSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)

@@ -90,7 +90,7 @@ class LocalFleet:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=errors,
                 stderr=errors,
-                env={**os.environ, **_thread_environment(settings.cpu.threads)},
+                env={**os.environ, **thread_environment(settings.cpu.threads)},
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent, which ends its workers itself
             )
         self._processes[worker_id] = process
@@ -110,7 +110,7 @@ class LocalFleet:
         return Path(self._settings[worker_id].run_dir) / f"{worker_id}.log"
 
 
-def _thread_environment(threads: int) -> dict[str, str]:
+def thread_environment(threads: int) -> dict[str, str]:
     """Must be in place before torch is loaded: waiting threads sleep instead of spinning."""
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 

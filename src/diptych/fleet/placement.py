@@ -14,6 +14,8 @@ def place(num_workers: int, cores: Sequence[int]) -> list[CpuSettings]:
     Each core is given out once;
     what does not divide evenly stays with the first workers.
     """
+    if num_workers == 0:
+        return []
     if num_workers > len(cores):
         return [CpuSettings(cores=(cores[index % len(cores)],), threads=1) for index in range(num_workers)]
     share, extra = divmod(len(cores), num_workers)

@@ -76,6 +76,10 @@ class LiveRequest:
         """The decode worker has gone on from the first token: the prefill worker's part is done."""
         return len(self.output_token_ids) > self.num_resumed + 1 or bool(self.early)
 
+    def needs(self, worker_id: WorkerId) -> bool:
+        """Whether it cannot go on without this worker."""
+        return worker_id in self.workers and not (worker_id == self.route.prefill and self.handed_over)
+
     @property
     def workers(self) -> tuple[WorkerId, ...]:
         """Everybody who may hold blocks for it."""
@@ -183,6 +187,14 @@ class RouterPolicy:
             sequences[live.route.decode] = sequences.get(live.route.decode, 0) + 1
         return {worker: WorkerLoad(tokens.get(worker, 0), sequences.get(worker, 0)) for worker in {*tokens, *sequences}}
 
+    def is_needed(self, worker_id: WorkerId) -> bool:
+        """Whether a live request still depends on this worker."""
+        return any(live.needs(worker_id) for live in self.live.values())
+
+    def transport(self, prefill: WorkerView, decode: WorkerView) -> str | None:
+        """How pages would go from one worker to another, if at all."""
+        return self._routing.transport(prefill, decode)
+
     def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes) -> list[RouterAction]:
         live = self._attempts.get(request_id)
         if live is None or live.route.decode != worker_id or live.route.prefill is None:
@@ -252,7 +264,7 @@ class RouterPolicy:
         self._suspects.forget(worker_id)
         actions: list[RouterAction] = []
         for live in list(self.live.values()):
-            if worker_id not in live.workers or (worker_id == live.route.prefill and live.handed_over):
+            if not live.needs(worker_id):
                 continue
             error = ServingError(f"worker {worker_id} was lost while it served this request", code=LOST_WORKER)
             actions += self._try_again(live, error, worker_id, now)

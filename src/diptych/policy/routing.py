@@ -18,6 +18,8 @@ from diptych.core.fleet import Role, Route, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Preference
 from diptych.policy.cost_model import CostModel
 
+SAME_HOST = frozenset({"shm"})  # transports that need two workers to be on one host
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
@@ -89,14 +91,17 @@ class Routing:
         pairs = []
         for prefill in prefillers:
             for decode in decoders:
-                transport = self._transport(prefill, decode)
+                transport = self.transport(prefill, decode)
                 if prefill.worker_id != decode.worker_id and transport is not None:
                     seconds = self._split_seconds(demand, prefill, decode, loads)
                     pairs.append(ScoredRoute(Route(decode.worker_id, prefill.worker_id, transport), seconds))
         return pairs
 
-    def _transport(self, prefill: WorkerView, decode: WorkerView) -> str | None:
+    def transport(self, prefill: WorkerView, decode: WorkerView) -> str | None:
+        """How pages go from one worker to another: the first of our transports that the two share, if any."""
         shared = set(prefill.transports) & set(decode.transports)
+        if prefill.host != decode.host:
+            shared -= SAME_HOST
         return next((name for name in self._transports if name in shared), None)
 
     def _local(self, demand: Demand, worker: WorkerView, loads: Mapping[WorkerId, WorkerLoad]) -> ScoredRoute:

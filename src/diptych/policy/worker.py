@@ -303,6 +303,11 @@ class WorkerPolicy:
         """No request is left here, in any state."""
         return not self._lives and not self.source.blocks_held() and not self.target.blocks_held()
 
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Those that live here."""
+        return tuple(self._lives)
+
     def stats(self) -> WorkerStats:
         """The load as reported to the router."""
         return WorkerStats(

@@ -151,6 +151,7 @@ class Router:
             channel.close()
             return None
         if older is not None:
+            older.channel.send(messages.Refused(f"a newer life of worker {older.worker_id} has registered"))
             self._lost(older)
         link = WorkerLink(hello, channel, self._clock.now())
         self._fleet.add(link)
@@ -169,6 +170,10 @@ class Router:
             match message:
                 case messages.Hello():
                     return message
+                case messages.WantEpoch(worker_id, above):
+                    if worker_id in self._expected:
+                        raise HandshakeError(f"{worker_id} is the name of a worker of the server's own; choose another")
+                    channel.send(messages.NewEpoch(self._fleet.next_epoch(above)))
                 case messages.Loading(worker_id, done, total):
                     self._callbacks.on_loading(worker_id, done, total)
                 case _:
@@ -178,10 +183,12 @@ class Router:
         """Have prefill workers open their data connections before the first request needs them."""
         for link in self._fleet.links.values():
             for source, target in ((link, newcomer), (newcomer, link)):
-                pair = source.hello.role is Role.PREFILL and target.hello.role is not Role.PREFILL
-                if pair and target.manifest.endpoints:
-                    preferred = target.manifest.endpoints[0]
-                    source.channel.send(messages.WarmUp(target.worker_id, target.hello.epoch, preferred))
+                if source.hello.role is not Role.PREFILL or target.hello.role is Role.PREFILL:
+                    continue
+                transport = self._policy.transport(source.view(), target.view())
+                endpoint = target.endpoint(transport) if transport is not None else None
+                if endpoint is not None:
+                    source.channel.send(messages.WarmUp(target.worker_id, target.hello.epoch, endpoint))
 
     def _lost(self, link: WorkerLink) -> None:
         link.channel.close()
@@ -203,6 +210,9 @@ class Router:
                 self._handle(BlocksCached(worker_id, tuple(stored), tuple(evicted)))
             case messages.Heartbeat(stats):
                 link.stats = stats
+                self._handle(WorkerUpdated(link.view()))
+            case messages.Leaving():
+                link.state = WorkerState.DRAINING
                 self._handle(WorkerUpdated(link.view()))
             case _:
                 log.warning("worker %s sent a %s out of turn", worker_id, type(message).__name__)
@@ -238,6 +248,14 @@ class Router:
         self._journal.record(now, event, actions)
         for action in actions:
             self._perform(action)
+        self._release_drained()
+
+    def _release_drained(self) -> None:
+        """Let workers go that want to leave and are not needed any more."""
+        for link in self._fleet.draining():
+            if not self._policy.is_needed(link.worker_id):
+                link.state = WorkerState.LOST
+                link.channel.send(messages.Shutdown())
 
     def _perform(self, action: RouterAction) -> None:
         match action:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from diptych.core.errors import HandshakeError
-from diptych.core.fleet import KVEndpoint, Manifest, WorkerId, WorkerState, WorkerStats, WorkerView
+from diptych.core.fleet import Epoch, KVEndpoint, Manifest, WorkerId, WorkerState, WorkerStats, WorkerView, is_worker_id
 from diptych.wire import messages
 from diptych.wire.channel import Channel
 
@@ -50,6 +50,7 @@ class WorkerLink:
             block_size=layout.block_size,
             token_bytes=layout.token_bytes,
             transports=tuple(end.transport for end in self.manifest.endpoints),
+            host=self.manifest.host,
             stats=self.stats,
         )
 
@@ -60,6 +61,13 @@ class FleetRegistry:
     def __init__(self) -> None:
         self.links: dict[WorkerId, WorkerLink] = {}
         self.manifest: Manifest | None = None
+        self._last_epoch: Epoch = 0  # that was given to a worker from elsewhere
+
+    def next_epoch(self, above: Epoch) -> Epoch:
+        """For a new life of a worker from elsewhere. One counter serves all of them: so it is above all lives
+        that this router has seen of anybody, and nothing need be kept about workers that are gone."""
+        self._last_epoch = max(self._last_epoch, above) + 1
+        return self._last_epoch
 
     def admit(self, hello: messages.Hello) -> WorkerLink | None:
         """Check a newcomer. Raises HandshakeError, saying what does not fit, to refuse it.
@@ -67,6 +75,8 @@ class FleetRegistry:
         Returns the link of an older life of the same worker, which is over now (fencing)."""
         if hello.wire_version != messages.WIRE_VERSION:
             raise HandshakeError(f"wire version {hello.wire_version}, this router speaks {messages.WIRE_VERSION}")
+        if not is_worker_id(hello.worker_id):
+            raise HandshakeError(f"{hello.worker_id!r} cannot be the name of a worker")
         older = self.links.get(hello.worker_id)
         if older is not None and older.hello.epoch >= hello.epoch:
             raise HandshakeError(f"worker {hello.worker_id} is registered with epoch {older.hello.epoch} already")
@@ -78,6 +88,9 @@ class FleetRegistry:
             self.manifest = manifest
             return
         ours = self.manifest
+        theirs, longest = manifest.model.max_model_len, ours.model.max_model_len
+        if theirs != longest:
+            raise HandshakeError(f"a context of {theirs} tokens, this fleet has {longest} (--max-model-len)")
         if manifest.model.digest != ours.model.digest:
             raise HandshakeError(f"model {manifest.model.digest}, this fleet serves {ours.model.digest}")
         if manifest.layout.digest != ours.layout.digest:
@@ -92,6 +105,10 @@ class FleetRegistry:
             return False
         del self.links[link.worker_id]
         return True
+
+    def draining(self) -> list[WorkerLink]:
+        """Workers that want to leave."""
+        return [link for link in self.links.values() if link.state is WorkerState.DRAINING]
 
     def silent(self, now: float) -> list[WorkerLink]:
         """Workers that have not been heard of for too long."""

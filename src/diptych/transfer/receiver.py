@@ -25,6 +25,7 @@ from diptych.transfer.digest import layer_digests
 from diptych.transfer.incoming import Incoming, TicketBook
 from diptych.wire.blocking import BlockingConnection, accept, listening_socket
 from diptych.wire.messages import WIRE_VERSION
+from diptych.wire.tls import ListenerTls, listener_tls
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ class KVReceiver:
 
         Over a Unix socket, pages are written to shared memory; over TCP they follow in the frames."""
         sock, real = listening_socket(address)
+        tls = listener_tls(address)
         self._listeners.append(sock)
-        self._start(lambda: self._accept(sock), f"accept {real}")
+        self._start(lambda: self._accept(sock, tls), f"accept {real}")
         return real
 
     @property
@@ -115,7 +117,7 @@ class KVReceiver:
             self._threads.add(thread)
             return True
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, tls: ListenerTls | None) -> None:
         while not self._closing.is_set():
             try:
                 sock, _ = listener.accept()
@@ -123,14 +125,14 @@ class KVReceiver:
                 if not self._closing.wait(ACCEPT_PAUSE_SECONDS):
                     log.error("cannot accept data connections: %s", error)
                 continue
-            if not self._start(functools.partial(self._serve, sock), "data connection"):
+            if not self._start(functools.partial(self._serve, sock, tls), "data connection"):
                 self.book.count("refused connection")
                 sock.close()
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, tls: ListenerTls | None) -> None:
         """One connection, from handshake to end."""
         try:
-            connection = accept(sock, self._target.key, frames.FromSource)
+            connection = accept(sock, self._target.key, frames.FromSource, tls)
         except HandshakeError as error:
             self.book.count("refused connection")
             log.warning("%s", error)

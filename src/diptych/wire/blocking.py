@@ -1,7 +1,7 @@
 """The same frames and handshake over blocking sockets, for threads that move KV pages.
 
 A frame may be followed by raw payload, sent straight out of memory (`sendmsg`) and received straight
-into it (`recv_into`): no copy in between.
+into it (`recv_into`): no copy in between, other than TLS's own.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import contextlib
 import os
 import select
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from diptych.core.errors import HandshakeError, ProtocolError
 from diptych.wire import handshake
-from diptych.wire.address import TcpAddress, parse_address
+from diptych.wire.address import TcpAddress, UnixAddress, parse_address
 from diptych.wire.codec import LENGTH, Decoder, encode_frame, frame_length
+from diptych.wire.tls import ListenerTls, TlsStream, binding_of, connector_context
 
 T = TypeVar("T")
 
@@ -35,15 +38,12 @@ class BlockingConnection(Generic[T]):
     """
 
     def __init__(self, sock: socket.socket, expects: Any) -> None:
-        self._socket = sock
         self._decoder: Decoder[T] = Decoder(expects)
-        sock.setblocking(True)
-        self._readable = select.poll()
-        self._readable.register(sock, select.POLLIN)
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_SECONDS, 0))
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = TlsStream(sock, STALL_SECONDS) if isinstance(sock, ssl.SSLSocket) else _blocking(sock)
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
 
     def send(self, message: object, payload: Sequence[memoryview] = ()) -> None:
         """Send a message, and after it the payload buffers. Blocks while the peer is slow."""
@@ -63,7 +63,7 @@ class BlockingConnection(Generic[T]):
     def receive(self, seconds: float | None = None) -> T | None:
         """The next message; None when the peer has closed its end. Waits for as long as it takes, or
         `seconds` (then TimeoutError); a message that has begun has to go on coming."""
-        if not self._readable.poll(None if seconds is None else seconds * 1000):
+        if not self._wait(seconds):
             raise TimeoutError(f"the peer has said nothing for {seconds} s")
         header = bytearray(LENGTH.size)
         if not self.receive_into(memoryview(header), may_end=True):
@@ -71,6 +71,12 @@ class BlockingConnection(Generic[T]):
         content = bytearray(frame_length(bytes(header), MAX_CONTROL_BYTES))
         self.receive_into(memoryview(content))
         return self._decoder.decode(memoryview(content))
+
+    def _wait(self, seconds: float | None = None) -> bool:
+        """Wait until there is something to read. False after `seconds`."""
+        if isinstance(self._socket, TlsStream) and self._socket.pending():
+            return True
+        return bool(self._readable.poll(None if seconds is None else seconds * 1000))
 
     def receive_into(self, buffer: memoryview, *, may_end: bool = False) -> bool:
         """Fill `buffer` with what comes next. False if `may_end` and the stream ends before its first
@@ -88,7 +94,7 @@ class BlockingConnection(Generic[T]):
     def drain(self) -> None:
         """Skip everything until the peer closes its end, for as long as that takes."""
         scratch = bytearray(_DISCARD_BYTES)
-        while self._readable.poll() and self._socket.recv_into(scratch):
+        while self._wait() and self._socket.recv_into(scratch):
             pass
 
     def discard(self, nbytes: int) -> None:
@@ -100,11 +106,11 @@ class BlockingConnection(Generic[T]):
 
     def send_descriptor(self, descriptor: int) -> None:
         """Hand a file descriptor over (Unix sockets only)."""
-        socket.send_fds(self._socket, [b"\x00"], [descriptor])
+        socket.send_fds(self._unix_socket, [b"\x00"], [descriptor])
 
     def receive_descriptor(self) -> int:
         """Take a file descriptor, which the caller owns from now on. Raises ProtocolError if none came."""
-        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+        _, descriptors, _, _ = socket.recv_fds(self._unix_socket, 1, 1)
         if len(descriptors) != 1:
             raise ProtocolError("expected a file descriptor")
         os.set_inheritable(descriptors[0], False)  # recv_fds takes flags but does not pass MSG_CMSG_CLOEXEC on
@@ -114,6 +120,12 @@ class BlockingConnection(Generic[T]):
     def is_local(self) -> bool:
         """Whether descriptors can be passed (a Unix socket)."""
         return self._socket.family == socket.AF_UNIX
+
+    @property
+    def _unix_socket(self) -> socket.socket:
+        if isinstance(self._socket, TlsStream):
+            raise ProtocolError("descriptors do not leave this machine")
+        return self._socket
 
     def end_sending(self) -> None:
         """Tell the peer that nothing more will come; receiving goes on."""
@@ -128,12 +140,25 @@ class BlockingConnection(Generic[T]):
         self._socket.close()
 
 
+def _blocking(sock: socket.socket) -> socket.socket:
+    """The socket, with waits that end when the peer has stalled."""
+    sock.setblocking(True)
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_SECONDS, 0))
+    return sock
+
+
 def dial(address: str, key: bytes, expects: Any) -> BlockingConnection[Any]:
     """Connect and prove. Raises HandshakeError, or OSError if nobody listens."""
-    sock = _connect(address)
+    where = parse_address(address)
+    sock = _connect(where)
     deadline = time.monotonic() + handshake.SECONDS
-    side = handshake.ConnectorSide(key)
+    binding = b""
     try:
+        if isinstance(where, TcpAddress) and where.tls:
+            sock = secured = connector_context().wrap_socket(sock)
+            binding = binding_of(secured.getpeercert(binary_form=True))
+        side = handshake.ConnectorSide(key, binding)
         sock.sendall(side.opening)
         sock.sendall(side.answer(_exactly(sock, handshake.REPLY_BYTES, deadline)))
         if _exactly(sock, 1, deadline) != handshake.CONFIRMED:
@@ -144,8 +169,7 @@ def dial(address: str, key: bytes, expects: Any) -> BlockingConnection[Any]:
     return BlockingConnection(sock, expects)
 
 
-def _connect(address: str) -> socket.socket:
-    where = parse_address(address)
+def _connect(where: TcpAddress | UnixAddress) -> socket.socket:
     if isinstance(where, TcpAddress):
         return socket.create_connection((where.host, where.port), handshake.SECONDS)
     sock = socket.socket(socket.AF_UNIX)
@@ -158,11 +182,14 @@ def _connect(address: str) -> socket.socket:
     return sock
 
 
-def accept(sock: socket.socket, key: bytes, expects: Any) -> BlockingConnection[Any]:
+def accept(sock: socket.socket, key: bytes, expects: Any, tls: ListenerTls | None = None) -> BlockingConnection[Any]:
     """Prove to a caller that has just connected. Raises HandshakeError; the socket is closed then."""
     deadline = time.monotonic() + handshake.SECONDS
-    side = handshake.ListenerSide(key)
+    side = handshake.ListenerSide(key, tls.binding if tls else b"")
     try:
+        if tls is not None:
+            sock.settimeout(handshake.SECONDS)
+            sock = tls.context.wrap_socket(sock, server_side=True)
         sock.sendall(side.reply(_exactly(sock, handshake.OPENING_BYTES, deadline)))
         side.check(_exactly(sock, handshake.PROOF_BYTES, deadline))
         sock.sendall(handshake.CONFIRMED)
@@ -178,7 +205,7 @@ def listening_socket(address: str) -> tuple[socket.socket, str]:
     if isinstance(where, TcpAddress):
         family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
         sock = socket.create_server((where.host, where.port), family=family)
-        return sock, f"tcp:{where.host}:{sock.getsockname()[1]}"
+        return sock, str(replace(where, port=sock.getsockname()[1]))
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.bind(where.path)

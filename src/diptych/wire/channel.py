@@ -13,20 +13,26 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from diptych.core.errors import HandshakeError, PeerError, ProtocolError
 from diptych.wire import handshake
-from diptych.wire.address import TcpAddress, parse_address
+from diptych.wire.address import TcpAddress, UnixAddress, parse_address
 from diptych.wire.codec import LENGTH, Decoder, encode_frame, frame_length
+from diptych.wire.tls import SHUTDOWN_SECONDS, ListenerTls, binding_of, connector_context, listener_tls
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 MAX_UNSENT_BYTES = 64 << 20  # a peer that does not read for this long is given up
+UNACKNOWLEDGED_SECONDS = 10  # after which a host that does not even acknowledge what was sent counts as gone
 
 
 class Channel(Protocol[T_co]):
@@ -69,6 +75,11 @@ class StreamChannel(Generic[T]):
         except ProtocolError:
             self.close()
             raise
+
+    @property
+    def local_host(self) -> str:
+        """The address of this machine that the channel uses (TCP only)."""
+        return str(self._writer.get_extra_info("sockname")[0])
 
     def close(self) -> None:
         """End the channel in both directions. Idempotent."""
@@ -114,11 +125,14 @@ def memory_pair(left_expects: Any, right_expects: Any) -> tuple[MemoryChannel[An
 async def connect(address: str, key: bytes, expects: Any) -> StreamChannel[Any]:
     """Open a channel. Raises HandshakeError, or OSError if nobody listens."""
     where = parse_address(address)
-    if isinstance(where, TcpAddress):
-        reader, writer = await asyncio.open_connection(where.host, where.port)
-    else:
-        reader, writer = await asyncio.open_unix_connection(where.path)
-    side = handshake.ConnectorSide(key)
+    try:
+        reader, writer = await (_dial(where) if isinstance(where, TcpAddress) else _dial_unix(where))
+    except ssl.SSLError as error:
+        raise HandshakeError(f"no handshake with {address}: {error.reason}; is --tls given on both sides?") from error
+    binding = b""
+    if (secured := writer.get_extra_info("ssl_object")) is not None:
+        binding = binding_of(secured.getpeercert(binary_form=True))
+    side = handshake.ConnectorSide(key, binding)
     try:
         async with asyncio.timeout(handshake.SECONDS):
             writer.write(side.opening)
@@ -127,11 +141,34 @@ async def connect(address: str, key: bytes, expects: Any) -> StreamChannel[Any]:
                 raise HandshakeError("the listener does not accept this fleet key")
     except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
         writer.close()
-        raise HandshakeError(f"no handshake with {address}: the other end closed or said nothing") from error
+        hint = "is --tls given on both sides?"
+        raise HandshakeError(f"no handshake with {address}: the other end closed or said nothing; {hint}") from error
     except HandshakeError:
         writer.close()
         raise
     return StreamChannel(reader, writer, expects)
+
+
+async def _dial(where: TcpAddress) -> Streams:
+    secure = _secure(connector_context()) if where.tls else {}
+    async with asyncio.timeout(handshake.SECONDS):
+        reader, writer = await asyncio.open_connection(where.host, where.port, **secure)
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_SECONDS * 1000)
+    return reader, writer
+
+
+def _secure(context: ssl.SSLContext) -> dict[str, Any]:
+    """What asyncio wants to be told for a TLS connection."""
+    return {
+        "ssl": context,
+        "ssl_handshake_timeout": handshake.SECONDS,
+        "ssl_shutdown_timeout": SHUTDOWN_SECONDS,
+    }
+
+
+async def _dial_unix(where: UnixAddress) -> Streams:
+    return await asyncio.open_unix_connection(where.path)
 
 
 class Listener:
@@ -143,15 +180,17 @@ class Listener:
         self._expects = expects
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._tls: ListenerTls | None = None
         self.address = ""
         self.refused = 0  # connections that failed the handshake or broke the protocol
 
     async def open(self, address: str) -> None:
         where = parse_address(address)
         if isinstance(where, TcpAddress):
-            self._server = await asyncio.start_server(self._accept, where.host, where.port)
-            port = self._server.sockets[0].getsockname()[1]
-            self.address = f"tcp:{where.host}:{port}"
+            self._tls = listener_tls(address)
+            secure = _secure(self._tls.context) if self._tls else {}
+            self._server = await asyncio.start_server(self._accept, where.host, where.port, **secure)
+            self.address = str(replace(where, port=self._server.sockets[0].getsockname()[1]))
         else:
             self._server = await asyncio.start_unix_server(self._accept, where.path)
             os.chmod(where.path, 0o600)
@@ -188,7 +227,7 @@ class Listener:
             await writer.wait_closed()
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        side = handshake.ListenerSide(self._key)
+        side = handshake.ListenerSide(self._key, self._tls.binding if self._tls else b"")
         async with asyncio.timeout(handshake.SECONDS):
             writer.write(side.reply(await reader.readexactly(handshake.OPENING_BYTES)))
             side.check(await reader.readexactly(handshake.PROOF_BYTES))

@@ -7,8 +7,9 @@
                                            ←    one byte: 1
 
 The proofs are HMAC-SHA256 and name the side that makes them, so neither can be sent back to its maker.
-All messages have fixed sizes. What follows on the connection is not encrypted: channels stay on this
-machine for now (loopback, Unix sockets).
+Inside TLS (`wire.tls`) they also cover the listener's certificate, so they are worth nothing on any other
+connection. All messages have fixed sizes. Without TLS what follows is not encrypted: such channels stay on
+one machine (loopback, Unix sockets).
 """
 
 from __future__ import annotations
@@ -29,26 +30,31 @@ SECONDS = 5.0  # for the whole handshake
 
 
 class ConnectorSide:
-    """The side that opens the connection: send `opening`, then `answer(reply)`."""
+    """The side that opens the connection: send `opening`, then `answer(reply)`.
 
-    def __init__(self, key: bytes) -> None:
+    `binding` names the TLS connection around the handshake; empty without one."""
+
+    def __init__(self, key: bytes, binding: bytes = b"") -> None:
         self._key = key
+        self._binding = binding
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self.opening = MAGIC + self._nonce
 
     def answer(self, reply: bytes) -> bytes:
         """Check the listener's proof and give ours. Raises HandshakeError."""
         theirs, proof = reply[:NONCE_BYTES], reply[NONCE_BYTES:]
-        if not hmac.compare_digest(proof, _proof(self._key, b"listener", self._nonce, theirs)):
+        nonces = self._nonce + theirs
+        if not hmac.compare_digest(proof, _proof(self._key, b"listener", nonces, self._binding)):
             raise HandshakeError("the listener does not hold this fleet's key")
-        return _proof(self._key, b"connector", self._nonce, theirs)
+        return _proof(self._key, b"connector", nonces, self._binding)
 
 
 class ListenerSide:
-    """The side that was called: send `reply(opening)`, then `check(answer)`."""
+    """The side that was called: send `reply(opening)`, then `check(answer)`. `binding` as on the other side."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, binding: bytes = b"") -> None:
         self._key = key
+        self._binding = binding
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._theirs = b""
 
@@ -57,13 +63,13 @@ class ListenerSide:
         if opening[: len(MAGIC)] != MAGIC:
             raise HandshakeError("the caller does not speak this protocol")
         self._theirs = opening[len(MAGIC) :]
-        return self._nonce + _proof(self._key, b"listener", self._theirs, self._nonce)
+        return self._nonce + _proof(self._key, b"listener", self._theirs + self._nonce, self._binding)
 
     def check(self, answer: bytes) -> None:
         """Raises HandshakeError unless the caller holds the key."""
-        if not hmac.compare_digest(answer, _proof(self._key, b"connector", self._theirs, self._nonce)):
+        if not hmac.compare_digest(answer, _proof(self._key, b"connector", self._theirs + self._nonce, self._binding)):
             raise HandshakeError("the caller does not hold this fleet's key")
 
 
-def _proof(key: bytes, side: bytes, connector_nonce: bytes, listener_nonce: bytes) -> bytes:
-    return hmac.digest(key, MAGIC + side + connector_nonce + listener_nonce, hashlib.sha256)
+def _proof(key: bytes, side: bytes, nonces: bytes, binding: bytes) -> bytes:
+    return hmac.digest(key, MAGIC + side + nonces + binding, hashlib.sha256)

@@ -29,6 +29,14 @@ class Loading(Message, frozen=True):
     total: int
 
 
+class WantEpoch(Message, frozen=True):
+    """From a worker that nobody here supervises, before anything else: a number for its life that is higher
+    than those of its lives before (`above` is the last that it knows of). Answered by NewEpoch."""
+
+    worker_id: WorkerId
+    above: Epoch
+
+
 class Hello(Message, frozen=True):
     """First message of a worker that is ready: who it is, and what it serves."""
 
@@ -38,6 +46,10 @@ class Hello(Message, frozen=True):
     pid: int
     role: Role
     manifest: Manifest
+
+
+class Leaving(Message, frozen=True):
+    """Give me no new work. Answered by Shutdown once nothing here is needed any more."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -84,10 +96,14 @@ class KVEvents(Message, frozen=True):
     evicted: list[bytes]
 
 
-FromWorker = Loading | Hello | Heartbeat | Granted | Prefilled | Tokens | Failed | KVEvents
+FromWorker = WantEpoch | Loading | Hello | Leaving | Heartbeat | Granted | Prefilled | Tokens | Failed | KVEvents
 
 
 # router -> worker
+
+
+class NewEpoch(Message, frozen=True):
+    epoch: Epoch
 
 
 class Welcome(Message, frozen=True):
@@ -139,4 +155,4 @@ class Shutdown(Message, frozen=True):
     """End now."""
 
 
-ToWorker = Welcome | Refused | Serve | Reserve | Prefill | Abort | WarmUp | Shutdown
+ToWorker = NewEpoch | Welcome | Refused | Serve | Reserve | Prefill | Abort | WarmUp | Shutdown

@@ -15,6 +15,7 @@ from diptych.core.ticket import TicketClaims
 from diptych.transfer.memory import SharedMemory
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.sender import Identity, PushLink
+from diptych.wire.address import TcpAddress
 
 
 def share_kv(engine: Engine, num_blocks: int) -> tuple[KVMemory, SharedMemory]:
@@ -36,7 +37,7 @@ def _address(transport: str, settings: WorkerSettings) -> str:
         case "shm":
             return f"unix:{settings.run_dir}/{settings.worker_id}-{settings.epoch}-kv.sock"
         case "tcp":
-            return "tcp:127.0.0.1:0"
+            return str(TcpAddress(settings.data_host or "127.0.0.1", 0, tls=settings.tls))
         case other:
             raise ConfigError(f"--transport {other}: one of auto, shm, tcp")
 

@@ -110,7 +110,9 @@ class WorkerLoop:
             self._channel.send(messages.Heartbeat(self._policy.stats()))
 
     async def stop(self) -> None:
-        """Finish the running step, then close transfers."""
+        """Finish the running step, have the engine forget everybody, then close transfers."""
+        for request_id in self._policy.request_ids:
+            self._steps.forget(request_id)
         await self._loop.run_in_executor(None, self._steps.stop)
         await self._loop.run_in_executor(None, self.data.close)
 

@@ -3,6 +3,8 @@
 1. connect to the router, load the engine (telling the router how far it is), take the KV memory
 2. say what is here; a refusal ends the process with the reason
 3. serve until told to shut down, until SIGTERM, or until the router is gone
+
+This is the life of a worker that `fleet.local` supervises; `worker.joining` makes several of it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 from diptych.core.blocks import blocks_for
@@ -32,6 +36,7 @@ from diptych.wire import messages
 from diptych.wire.channel import Channel, connect
 from diptych.wire.tickets import open_ticket
 from diptych.worker.data_plane import DataPlane, share_kv
+from diptych.worker.host import host_identity
 from diptych.worker.loop import WorkerLoop
 
 log = logging.getLogger(__name__)
@@ -43,6 +48,23 @@ MEMORY_SHARE = 0.25  # of the machine's available memory, for the KV of one work
 DEFAULT_REQUESTS = 16  # or what this many requests of full length need, if that is less
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What outlasts a life: an engine and its KV memory."""
+
+    engine: Engine
+    memory: KVMemory
+    segment: SharedMemory
+
+
+class End(Enum):
+    """How a life has ended."""
+
+    TOLD = auto()  # by the router
+    LEFT = auto()  # by its own wish
+    ROUTER_GONE = auto()
+
+
 async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> None:
     """Live one worker's life. Returns at an orderly end; raises DiptychError with the reason otherwise."""
     stop = asyncio.Event()
@@ -50,21 +72,21 @@ async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engi
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
     channel = await connect(settings.router, settings.key, messages.ToWorker)
-    engine = await _load(settings, load, channel)
-    with contextlib.closing(engine):
-        num_blocks = kv_blocks(settings, engine.layout, engine.model.max_model_len)
-        memory, segment = share_kv(engine, num_blocks)
-        await _serve(settings, engine, memory, segment, channel, stop)
+    loaded = await load_engine(settings, load, channel)
+    with contextlib.closing(loaded.engine):
+        await serve(settings, loaded, channel, stop.wait)
 
 
-async def _load(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: RouterChannel) -> Engine:
-    """Load the engine on another thread, telling the router how far it is."""
+async def load_engine(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: RouterChannel) -> Loaded:
+    """Load the engine on another thread, telling the router how far it is, and take its KV memory."""
     loop = asyncio.get_running_loop()
 
     def on_progress(done: int, total: int) -> None:
         loop.call_soon_threadsafe(channel.send, messages.Loading(settings.worker_id, done, total))
 
-    return await loop.run_in_executor(None, load, on_progress)
+    engine = await loop.run_in_executor(None, load, on_progress)
+    memory, segment = share_kv(engine, kv_blocks(settings, engine.layout, engine.model.max_model_len))
+    return Loaded(engine, memory, segment)
 
 
 def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) -> int:
@@ -81,20 +103,21 @@ def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) ->
     return blocks_for(tokens, layout.block_size)
 
 
-async def _serve(
-    settings: WorkerSettings,
-    engine: Engine,
-    memory: KVMemory,
-    segment: SharedMemory,
-    channel: RouterChannel,
-    stop: asyncio.Event,
-) -> None:
+async def serve(
+    settings: WorkerSettings, loaded: Loaded, channel: RouterChannel, leaving: Callable[[], Coroutine[Any, Any, object]]
+) -> End:
+    """Register and serve, until the router ends it or `leaving()` does. Raises HandshakeError if refused."""
+    engine, memory = loaded.engine, loaded.memory
     with contextlib.closing(open_journal(settings.journal)) as journal:
         policy = _policy(settings, engine, memory)
         worker = WorkerLoop(settings, policy, engine, channel, clock=WallClock(), journal=journal)
-        data = DataPlane(settings, memory, segment, engine.model.digest, worker.post)
+        data = DataPlane(settings, memory, loaded.segment, engine.model.digest, worker.post)
         manifest = Manifest(
-            model=engine.model, layout=memory.layout, num_blocks=memory.num_blocks, endpoints=data.endpoints
+            model=engine.model,
+            layout=memory.layout,
+            num_blocks=memory.num_blocks,
+            endpoints=data.endpoints,
+            host=host_identity(),
         )
         worker.start(data, manifest)
         channel.send(
@@ -102,16 +125,18 @@ async def _serve(
                 messages.WIRE_VERSION, settings.worker_id, settings.epoch, os.getpid(), settings.role, manifest
             )
         )
+        receiving = asyncio.create_task(_receive(settings, channel, worker))
         tasks: list[asyncio.Future[Any]] = [
-            asyncio.create_task(_receive(settings, channel, worker)),
+            receiving,
             asyncio.create_task(worker.beat()),
-            asyncio.create_task(stop.wait()),
+            asyncio.create_task(leaving()),
             _first_failed_callback(),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            return receiving.result() if receiving in done else End.LEFT
         finally:
             for task in tasks:
                 task.cancel()
@@ -145,7 +170,7 @@ def _policy(settings: WorkerSettings, engine: Engine, memory: KVMemory) -> Worke
     return WorkerPolicy(memory.layout, pool, limits, engine.model.eos_token_ids)
 
 
-async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop) -> None:
+async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop) -> End:
     """Turn the router's messages into events, until it says to end or is gone."""
     async for message in channel:
         match message:
@@ -170,4 +195,5 @@ async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: Wor
             case messages.Welcome():
                 log.info("worker %s, epoch %d, serves", settings.worker_id, settings.epoch)
             case messages.Shutdown():
-                return
+                return End.TOLD
+    return End.ROUTER_GONE
