@@ -75,10 +75,6 @@ class WeightReader:
         self._digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
         _check_names(set(self._files), set(self._shapes), config)
 
-    @property
-    def num_tensors(self) -> int:
-        return len(self._shapes)
-
     def read(self, *names: str) -> Tensor:
         """One tensor, or several stacked along the first dimension."""
         parts = [self._read_one(name) for name in names]
