@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.core.errors import ServingError
-from diptych.core.kv_layout import KVMemory
+from diptych.core.kv_layout import KVMemory, PrivateMemory
 from diptych.core.ports import Engine
 from diptych.core.request import Request, SampledToken, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
@@ -24,7 +24,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def started(model: ScriptedModel, num_blocks: int) -> tuple[Engine, KVMemory]:
     engine = ScriptedEngine(model)
-    return engine, engine.allocate_kv(num_blocks, lambda size: memoryview(bytearray(size)))
+    [memory] = engine.allocate_kv(num_blocks, PrivateMemory)
+    return engine, memory
 
 
 def sequence_of(prompt: list[int], sampling: SamplingParams = GREEDY, blocks: list[int] | None = None) -> Sequence:
@@ -167,7 +168,7 @@ def test_logprobs_as_asked(wanted: int | None, num_top: int) -> None:
 def test_modelled_time_is_slept_layer_by_layer_if_at_all() -> None:
     naps: list[float] = []
     engine = ScriptedEngine(ScriptedModel(num_layers=4), StepCost(step=1.0, token=0.5, pair=0.1), naps.append)
-    engine.allocate_kv(2, lambda size: memoryview(bytearray(size)))
+    engine.allocate_kv(2, PrivateMemory)
     batch = Batch((ScheduledSequence(sequence_of([65] * 4, blocks=[0]), 0, 4, samples=True),))
     assert engine.step_seconds(batch) == pytest.approx(1.0 + 4 * 0.5 + 8 * 0.1)
     engine.step(batch, lambda layer: naps.append(-layer))
@@ -179,24 +180,19 @@ def test_misuse_is_refused() -> None:
     engine = ScriptedEngine()
     with pytest.raises(ServingError, match="allocate_kv comes before"):
         compute(engine, sequence_of([65], blocks=[0]), 1)
-    engine.allocate_kv(1, lambda size: memoryview(bytearray(size)))
+    engine.allocate_kv(1, PrivateMemory)
     with pytest.raises(ServingError, match="request r has no block for position 16"):
         compute(engine, sequence_of([65] * 17, blocks=[0]), 17)
 
 
 def test_memory_can_be_unmapped_after_close() -> None:
-    buffer = bytearray(ScriptedModel().layout.block_bytes * 2)
+    memory = PrivateMemory(ScriptedModel().layout.block_bytes * 2)
     engine = ScriptedEngine()
-    engine.allocate_kv(1, lambda size: memoryview(buffer))
+    engine.allocate_kv(1, lambda _: memory)
     compute(engine, sequence_of([65] * 5, blocks=[0]), 5)
+    content = memory.buffer.obj
+    assert isinstance(content, bytearray)
     with pytest.raises(BufferError):
-        buffer.clear()
+        content.clear()
     engine.close()
-    buffer.clear()
-
-
-def test_fleet_agrees_on_model_and_layout() -> None:
-    model = ScriptedModel()
-    assert ScriptedEngine(model).model == ScriptedModel(block_size=32).info
-    assert ScriptedModel(eos_every=3).info.digest != model.info.digest
-    assert ScriptedModel(block_size=32).layout.digest != model.layout.digest
+    content.clear()

@@ -15,6 +15,7 @@ import torch
 
 from checkpoints import make_checkpoint
 from diptych.core.blocks import blocks_for
+from diptych.core.kv_layout import PrivateMemory
 from diptych.core.request import Request, SampledToken, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.engine.torch_engine.runner import TorchEngine
@@ -68,12 +69,18 @@ def random_prompt(length: int, seed: int = 0) -> list[int]:
     return [generator.randrange(4, 509) for _ in range(length)]
 
 
+def full_of_nan(nbytes: int) -> PrivateMemory:
+    memory = PrivateMemory(nbytes)
+    memory.buffer[:] = b"\xff" * nbytes
+    return memory
+
+
 class Harness:
     """One engine over `NUM_BLOCKS` blocks that are full of NaN until written, handed out in random order."""
 
     def __init__(self, model: str | Path, **load: Any) -> None:
         self.engine = TorchEngine.load(_path(model), **load)
-        self.memory = self.engine.allocate_kv(NUM_BLOCKS, lambda nbytes: memoryview(bytearray(b"\xff" * nbytes)))
+        [self.memory] = self.engine.allocate_kv(NUM_BLOCKS, full_of_nan)
         self._free = list(range(NUM_BLOCKS))
         random.Random(7).shuffle(self._free)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from diptych.core.blocks import blocks_for
+from diptych.core.kv_layout import PrivateMemory
 from diptych.core.request import Request, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from diptych.engine.scripted import ScriptedEngine, ScriptedModel, expected_tokens
@@ -25,7 +26,7 @@ class Server:
         self.scheduler = Scheduler(self.pool, limits)
         self.limits = limits
         self.engine = ScriptedEngine(ScriptedModel(block_size=BLOCK_SIZE))
-        self.engine.allocate_kv(num_blocks, lambda size: memoryview(bytearray(size)))
+        self.engine.allocate_kv(num_blocks, PrivateMemory)
         self.age: dict[Sequence, int] = {}
         self.finished: list[Sequence] = []
         self.starved: list[Sequence] = []

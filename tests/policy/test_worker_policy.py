@@ -33,7 +33,7 @@ def claims_for(request: Request, blocks: tuple[int, ...]) -> TicketClaims:
         blocks=blocks,
         first_block=0,
         num_tokens=len(request.prompt_token_ids),
-        layout_digest=LAYOUT.digest,
+        layout=LAYOUT,
         model_digest="m",
         salt="",
         nonce=b"n" * 16,

@@ -15,6 +15,7 @@ from diptych.core import actions as do
 from diptych.core import events as on
 from diptych.core.errors import DiptychError
 from diptych.core.fleet import Role, WorkerState, WorkerView
+from diptych.core.kv_layout import PrivateMemory
 from diptych.core.request import Request
 from diptych.core.ticket import TicketClaims
 from diptych.engine.scripted import ScriptedEngine, ScriptedModel
@@ -33,7 +34,7 @@ class WorldWorker:
     def __init__(self, world: World, worker_id: str, role: Role, num_blocks: int) -> None:
         self.world, self.worker_id, self.role = world, worker_id, role
         self.engine = ScriptedEngine(MODEL)
-        self.kv = self.engine.allocate_kv(num_blocks, lambda nbytes: memoryview(bytearray(nbytes)))
+        [self.kv] = self.engine.allocate_kv(num_blocks, PrivateMemory)
         limits = BatchLimits(max_batch_tokens=16, max_sequences=6)
         self.policy = WorkerPolicy(MODEL.layout, BlockPool(num_blocks, 4), limits, MODEL.info.eos_token_ids)
         self.tickets: dict[str, TicketClaims] = {}
@@ -103,7 +104,7 @@ class WorldWorker:
             blocks=grant.blocks,
             first_block=grant.first_block,
             num_tokens=grant.num_tokens,
-            layout_digest=MODEL.layout.digest,
+            layout=MODEL.layout,
             model_digest=MODEL.info.digest,
             salt="",
             nonce=b"n" * 16,

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.core.errors import TicketError
+from diptych.core.kv_layout import KVLayout
 from diptych.core.ticket import TicketClaims
 from diptych.wire.tickets import MAC_BYTES, mint, open_ticket
 
@@ -20,7 +21,9 @@ claims_of_any_kind = st.builds(
     blocks=st.lists(st.integers(0, 2**31)).map(tuple),
     first_block=st.integers(0, 100),
     num_tokens=st.integers(0, 10**6),
-    layout_digest=st.just("layout"),
+    layout=st.builds(
+        KVLayout, num_layers=st.integers(1, 99), latent_dim=st.just(8), dtype=st.just("uint8"), block_size=st.just(4)
+    ),
     model_digest=st.just("model"),
     salt=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
     nonce=st.binary(min_size=16, max_size=16),

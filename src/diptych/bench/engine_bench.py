@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from diptych.core.blocks import blocks_for
+from diptych.core.kv_layout import PrivateMemory
 from diptych.core.request import Request, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.engine.torch_engine.runner import TorchEngine
@@ -92,7 +93,7 @@ class EngineSide:
     def __init__(self, checkpoint: Path, max_tokens: int) -> None:
         self._engine = TorchEngine.load(checkpoint)
         self._block_size = self._engine.layout.block_size
-        self._engine.allocate_kv(blocks_for(max_tokens, self._block_size), lambda nbytes: memoryview(bytearray(nbytes)))
+        self._engine.allocate_kv(blocks_for(max_tokens, self._block_size), PrivateMemory)
         self._sequences: list[Sequence] = []
 
     def prefill(self, prompts: list[list[int]], room: int = 1) -> float:

@@ -172,6 +172,19 @@ class SequenceKV:
         return self.blocks[block - self.first_block], slot
 
 
+class PrivateMemory:
+    """Zeroed bytes that only this process sees (a `core.ports.KVBytes`)."""
+
+    descriptor = None
+
+    def __init__(self, nbytes: int) -> None:
+        self._content = bytearray(nbytes)
+
+    @property
+    def buffer(self) -> memoryview:
+        return memoryview(self._content)
+
+
 @dataclass(frozen=True, slots=True)
 class KVMemory:
     """One rank's KV cache as bytes: `buffer` has num_blocks * block_bytes of them for each of its layers."""

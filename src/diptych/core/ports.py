@@ -17,7 +17,21 @@ from diptych.core.sequence import Batch
 from diptych.core.timeline import Timeline
 
 OnLayer = Callable[[int], None]
-AllocateKV = Callable[[int], memoryview]
+
+
+class KVBytes(Protocol):
+    """Memory for one rank's KV cache: zeroed, page-aligned."""
+
+    @property
+    def buffer(self) -> memoryview: ...
+
+    @property
+    def descriptor(self) -> int | None:
+        """By which other processes can map it; None if they cannot."""
+        ...
+
+
+AllocateKV = Callable[[int], KVBytes]
 
 
 class Engine(Protocol):
@@ -29,16 +43,16 @@ class Engine(Protocol):
     @property
     def layout(self) -> KVLayout: ...
 
-    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> KVMemory:
-        """Take `num_blocks` blocks of KV cache from `allocate(nbytes)` (zeroed, page-aligned bytes,
-        possibly shared with other processes). Called once, before the first step."""
+    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> tuple[KVMemory, ...]:
+        """Take `num_blocks` blocks of KV cache for each rank of the layout, out of one `allocate(nbytes)`
+        for each, in order of ranks. Called once, before the first step."""
         ...
 
     def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
         """Compute KV for every row and sample where a row says so.
 
         Returns one entry per row, None where the row does not sample. `on_layer(i)` is called, on the
-        calling thread, as soon as the KV of layer i has been written for all rows (0 to L-1, in order).
+        calling thread, as soon as all ranks have written the KV of layer i for all rows (0 to L-1, in order).
         """
         ...
 

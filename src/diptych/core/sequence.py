@@ -29,6 +29,7 @@ class Sequence:
         num_cached_tokens: prefix-cache hit at admission; never changes afterwards.
         block_table: block i holds the tokens [i * block_size, (i + 1) * block_size).
         block_hashes: hashes of the leading full blocks, extended as the log grows.
+        data_rank: the data-parallel rank that its blocks belong to.
         pinned: a sender reads its blocks, so it must not be preempted.
     """
 
@@ -40,6 +41,7 @@ class Sequence:
     num_cached_tokens: int = 0
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)
+    data_rank: int = 0
     pinned: bool = False
 
     @classmethod

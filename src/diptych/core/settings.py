@@ -9,6 +9,31 @@ from diptych.core.fleet import Epoch, Role, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelSettings:
+    """How a worker's model is cut into ranks (see core.kv_layout). `expert` is 1 (experts lie wherever their
+    layer does) or data * tensor (they are spread over these ranks).
+
+    Raises ConfigError for a cut that makes no sense."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.tensor, self.pipeline, self.data, self.expert) < 1:
+            raise ConfigError("every kind of parallelism is at least 1")
+        if self.expert not in (1, self.data * self.tensor):
+            raise ConfigError(
+                f"expert parallelism is 1 or data x tensor parallelism ({self.data * self.tensor}), not {self.expert}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """Which engine serves which model. `max_model_len` None means what the checkpoint allows."""
 
@@ -19,6 +44,7 @@ class EngineSettings:
     dtype: str = "auto"
     block_size: int = 16
     max_model_len: int | None = None
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from diptych.core.blocks import BlockId
 from diptych.core.fleet import Epoch, WorkerId
+from diptych.core.kv_layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,8 @@ class TicketClaims:
     blocks: tuple[BlockId, ...]
     first_block: int
     num_tokens: int
-    layout_digest: str
+    layout: KVLayout  # of the target: with the blocks, it says where every byte belongs
+    data_rank: int = 0  # the target's data-parallel rank that the blocks belong to
     model_digest: str
     salt: str
     nonce: bytes

@@ -108,11 +108,10 @@ class ScriptedEngine:
         """How long a real model would take for `batch`."""
         return self._cost.seconds(batch)
 
-    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> KVMemory:
+    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> tuple[KVMemory, ...]:
         layout = self._script.layout
-        buffer = allocate(layout.num_layers * num_blocks * layout.block_bytes)
-        self._kv = KVMemory(layout, num_blocks, buffer)
-        return self._kv
+        self._kv = KVMemory(layout, num_blocks, allocate(layout.num_layers * num_blocks * layout.block_bytes).buffer)
+        return (self._kv,)
 
     def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
         """As the port says. Raises ServingError without KV cache or if a block table is too short."""

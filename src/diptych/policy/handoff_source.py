@@ -53,8 +53,8 @@ class SourceHandoffs:
 
     def refusal(self, sequence: Sequence, claims: TicketClaims) -> str | None:
         """Why this ticket cannot be served, or None if it can."""
-        if claims.layout_digest != self._layout.digest:
-            return f"ticket is for KV layout {claims.layout_digest}, this worker has {self._layout.digest}"
+        if claims.layout != self._layout:
+            return f"ticket is for KV layout {claims.layout}, this worker has {self._layout}"
         if claims.request_id != sequence.request_id or claims.num_tokens != sequence.num_tokens:
             return "ticket was granted for another request"
         return None

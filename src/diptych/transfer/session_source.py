@@ -194,7 +194,7 @@ class SourceSession:
         target_layout = target_layout or self.layout
         if target_layout != self.layout or self.layout.world_size > 1:
             raise ValueError(f"sessions do not re-shard yet: {self.layout} -> {target_layout}")
-        if target_layout.digest != self._claims.layout_digest:
+        if target_layout != self._claims.layout:
             raise ValueError(f"the ticket was granted for another layout than {target_layout}")
         pages = as_pages(kv, self.layout)
         here = range(pages.num_blocks) if blocks is None else blocks

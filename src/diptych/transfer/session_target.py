@@ -145,7 +145,7 @@ class KVTarget:
                 blocks=(*present, *self._pool.allocate(missing)),
                 first_block=len(present),
                 num_tokens=num_tokens,
-                layout_digest=self.memory.layout.digest,
+                layout=self.memory.layout,
                 model_digest=self._model,
                 salt=salt,
                 nonce=secrets.token_bytes(NONCE_BYTES),

@@ -23,11 +23,11 @@ def share_kv(engine: Engine, num_blocks: int) -> tuple[KVMemory, SharedMemory]:
     since the engine and its tensors hold views into it."""
     segments: list[SharedMemory] = []
 
-    def allocate(nbytes: int) -> memoryview:
+    def allocate(nbytes: int) -> SharedMemory:
         segments.append(SharedMemory(nbytes))
-        return segments[-1].buffer
+        return segments[-1]
 
-    memory = engine.allocate_kv(num_blocks, allocate)
+    [memory] = engine.allocate_kv(num_blocks, allocate)
     return memory, segments[0]
 
 

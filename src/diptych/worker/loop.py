@@ -168,7 +168,7 @@ class WorkerLoop:
             blocks=grant.blocks,
             first_block=grant.first_block,
             num_tokens=grant.num_tokens,
-            layout_digest=manifest.layout.digest,
+            layout=manifest.layout,
             model_digest=manifest.model.digest,
             salt=grant.request.cache_salt,
             nonce=secrets.token_bytes(NONCE_BYTES),

@@ -89,18 +89,18 @@ class TorchEngine:
         )
         return cls(decoder, model, layout, torch_device, dense_limit)
 
-    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> KVMemory:
+    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> tuple[KVMemory, ...]:
         """See `core.ports.Engine`. On the CPU the cache lies in the allocated bytes themselves."""
         dtype = DTYPES[self.layout.dtype]
         nbytes = self.layout.num_layers * num_blocks * self.layout.block_bytes
-        memory = KVMemory(self.layout, num_blocks, allocate(nbytes))
+        memory = KVMemory(self.layout, num_blocks, allocate(nbytes).buffer)
         if self._device.type == "cpu":
             storage = torch.frombuffer(memory.buffer, dtype=dtype)
         else:
             storage = torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=self._device)
         self._cache = KVCache(self.layout, num_blocks, storage)
         self._view = DenseView(self.layout, storage, self._dense_limit)
-        return memory
+        return (memory,)
 
     def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
         """See `core.ports.Engine`. Raises EngineCorrupt for rows with non-finite logits; since a step
