@@ -175,9 +175,8 @@ class ScriptedSource:
         self._descriptors: list[int] = []
         self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model))
         self.welcome = self.connection.receive()
-        if isinstance(endpoint, KVEndpoint) and self.mapped:
-            if isinstance(self.welcome, frames.PushWelcome):
-                self._descriptors = [self.connection.receive_descriptor() for _ in range(self.welcome.num_descriptors)]
+        if isinstance(endpoint, KVEndpoint) and self.mapped and isinstance(self.welcome, frames.PushWelcome):
+            self._descriptors = [self.connection.receive_descriptor() for _ in range(self.welcome.num_descriptors)]
 
     def begin(self, claims: TicketClaims) -> Any:
         """Ask for leave to write; returns the answer."""
