@@ -36,7 +36,7 @@ PAIRS = {
         replace(MODEL, data_parallel=2, tensor_parallel=2),
     ),
 }
-PIECE_BYTES = 256  # so that a layer takes several frames, of two pieces each
+PIECE_BYTES = 512  # two units: a layer takes several frames, of two pieces each
 
 
 @dataclass(slots=True)
