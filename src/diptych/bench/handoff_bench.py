@@ -134,11 +134,11 @@ def run_target(case: Case, key: bytes, directory: str, parent: Connection) -> No
 def _obey(order: str, target: KVTarget, case: Case, raw: socket.socket, parent: Connection) -> None:
     match order:
         case "expect":
-            parent.send(target.expect("bench", case.num_tokens))
+            parent.send((target.expect("bench", case.num_tokens), time.process_time()))
         case "pull":
             target.pull("bench", TIMEOUT)
             target.release("bench")
-            parent.send(None)
+            parent.send(time.process_time())
         case "raw in place":
             parent.send(None)
             for memory in target.memories:
@@ -165,6 +165,7 @@ class Bench:
         self._case = case
         self._child = child
         self._source = source
+        self.cpu_seconds: dict[str, list[float]] = {"memcpy": [], "shm": [], "tcp": []}
         size, layout = case.mib * MIB, case.layouts.source
         content = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
         self._table = case.table(layout, 1)
@@ -182,8 +183,8 @@ class Bench:
         """What is measured: each takes its turn and returns seconds."""
         return {
             "memcpy": self._memcpy,
-            "shm": lambda: self._handoff(self._unix),
-            "tcp": lambda: self._handoff(self._tcp),
+            "shm": lambda: self._handoff("shm", self._unix),
+            "tcp": lambda: self._handoff("tcp", self._tcp),
             "raw in place": lambda: self._stream("raw in place", len(self._copy_from)),
             "raw reused": lambda: self._stream("raw reused", SOCKET_BUFFER_BYTES),
             "digest": self._digest,
@@ -193,8 +194,9 @@ class Bench:
         self._raw.close()
 
     def _memcpy(self) -> float:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         np.copyto(self._copy_to, self._copy_from)
+        self.cpu_seconds["memcpy"].append(time.process_time() - cpu)
         return time.perf_counter() - start
 
     def _digest(self) -> float:
@@ -205,18 +207,18 @@ class Bench:
         unit_digests([content], ends)
         return time.perf_counter() - start
 
-    def _handoff(self, address: str) -> float:
-        """From the first push until the target has accepted every page."""
+    def _handoff(self, transport: str, address: str) -> float:
+        """From the first push until the target has accepted every page. Notes the processor time of both sides."""
         self._child.send("expect")
-        ticket = self._child.recv()
+        ticket, their_cpu = self._child.recv()
         session = self._source.create_session("bench", self._case.layouts.source, ticket, address)
-        start = time.perf_counter()
+        start, our_cpu = time.perf_counter(), time.process_time()
         session.push(self._kv, blocks=self._table)
         session.close(0)
         session.wait(TIMEOUT)
-        seconds = time.perf_counter() - start
+        seconds, our_cpu = time.perf_counter() - start, time.process_time() - our_cpu
         self._child.send("pull")
-        self._child.recv()
+        self.cpu_seconds[transport].append(our_cpu + self._child.recv() - their_cpu)
         return seconds
 
     def _stream(self, order: str, buffer_bytes: int) -> float:
@@ -264,6 +266,7 @@ def measure(case: Case) -> Fields:
                 taken = ways[name]()
                 if round_number:  # the first one warms up
                     seconds[name].append(taken)
+        cpu = {name: statistics.median(values[1:]) for name, values in made.cpu_seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     nbytes = case.mib * MIB
     raw = min(medians["raw in place"], medians["raw reused"])
@@ -275,6 +278,8 @@ def measure(case: Case) -> Fields:
         "tcp_of_raw": raw / medians["tcp"],
         "digest_of_shm": medians["digest"] / medians["shm"],
         "digest_of_tcp": medians["digest"] / medians["tcp"],
+        "cpu_seconds": cpu,
+        "shm_cpu_in_memcpys": cpu["shm"] / cpu["memcpy"],
     }
 
 
@@ -301,7 +306,13 @@ def markdown(machine: Fields, rows: Sequence[Fields]) -> str:
         beside = [_beside_equal_pairs(row, rows, way) for way in ("shm", "tcp")]
         cells.append(
             [f"{row['mib']} MiB", row["shape"], row["rounds"], rate["memcpy"], rate["shm"]]
-            + [f"{row['shm_of_memcpy']:.2f}", rate["raw in place"], rate["raw reused"], rate["tcp"]]
+            + [
+                f"{row['shm_of_memcpy']:.2f}",
+                f"{row['shm_cpu_in_memcpys']:.1f}",
+                rate["raw in place"],
+                rate["raw reused"],
+                rate["tcp"],
+            ]
             + [f"{row['tcp_of_raw']:.2f}", *beside, *shares]
         )
     return f"""# The hand-off beside memcpy and raw sockets
@@ -315,10 +326,11 @@ load average before the run {machine["load_before"]:.1f}, after it {machine["loa
 Rates in GB/s, medians of rounds in which every column takes its turn. A hand-off goes from one process to
 another, as one session of {NUM_LAYERS} layers over a link of {NUM_STREAMS} connections, from the first push
 until the target has verified every unit and accepted. memcpy is numpy's `copyto` of as many bytes, within one
-process. The raw socket is our own loopback measurement over TCP ({_iperf3()}): once from and into
-memory as large as the KV, and once from and into one buffer of {SOCKET_BUFFER_BYTES >> 10} KiB, as iperf3 does it,
-which stays in the cache. A digest pass reads every page once, alone; a hand-off makes two, one on each side, beside the
-copying.
+process; "CPU in memcpys" is the processor time of both sides together as a multiple of that memcpy's, which depends
+less on what else runs on the machine. The raw socket is our own loopback measurement over TCP ({_iperf3()}):
+once from and into memory as large as the KV, and once from and into one buffer of {SOCKET_BUFFER_BYTES >> 10} KiB,
+as iperf3 does it, which stays in the cache. A digest pass reads every page once, alone; a hand-off makes two, one on
+each side, beside the copying.
 
 The last rows of each size re-shard. Beside equal pairs: how fast they are as a share of the same bytes between two
 equal layouts with scattered pages, of 64 KiB and of 16 KiB (the pages of each rank of TP 4). Re-sharding
