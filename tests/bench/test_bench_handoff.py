@@ -23,6 +23,7 @@ def test_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(seconds > 0 for seconds in row["seconds"].values())
         assert row["shm_of_memcpy"] == pytest.approx(row["gb_per_second"]["shm"] / row["gb_per_second"]["memcpy"])
     first, _, last = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines_of(tmp_path / "handoff.md"))
+    assert len({line.count("|") for line in (tmp_path / "handoff.md").read_text().splitlines() if line[:1] == "|"}) == 1
     assert (first[1], first[11:13]) == (EQUAL[0], ["", ""])
     shares = [last_rate(report, way, shapes[2]) / last_rate(report, way, EQUAL[1]) for way in ("shm", "tcp")]
     assert [cell.split(", ")[1] for cell in last[11:13]] == [f"{share:.2f}" for share in shares]
