@@ -74,7 +74,9 @@ class Stage:
             plan = plan_step(batch, self._layout, self._view, self._device)
             trims = self._shard.is_last
             attention = PagedAttention(self._cache, plan, self._layout.head_dim, on_layer, trims)
-            hidden = self._decoder.forward(self._enter(plan), plan.positions, plan.outputs if trims else None, attention)
+            hidden = self._decoder.forward(
+                self._enter(plan), plan.positions, plan.outputs if trims else None, attention
+            )
             for contexts in plan.dense:
                 contexts.keep()
             sampled = self._leave(hidden, batch, plan)
