@@ -106,6 +106,7 @@ class TargetHandoffs:
             first_block=len(cached),
             num_tokens=sequence.num_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
+            data_rank=sequence.data_rank,
         )
 
     def overdue(self, now: float) -> list[str]:

@@ -123,7 +123,7 @@ class WorkerLoop:
     def _report(self) -> None:
         """Tell the router about changed load and cached blocks."""
         self._report_due = False
-        stored, evicted = self._policy.pool.drain_events()
+        stored, evicted = self._policy.drain_cache_events()
         if stored or evicted:
             self._channel.send(messages.KVEvents(stored, evicted))
         stats = self._policy.stats()
