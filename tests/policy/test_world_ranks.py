@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_world import make_request, right_answer
 from world import MODEL, World
 
@@ -79,6 +81,24 @@ def test_cancelled_requests_and_killed_workers_disturb_nobody(models: dict[str, 
     for request in requests:
         right, got = right_answer(request), world.tokens[request.request_id]
         assert got == right if request.request_id not in cancelled else got == right[: len(got)]
+
+
+any_cut = st.builds(
+    cut,
+    st.integers(1, 9),
+    tensor=st.sampled_from([1, 2, 4]),
+    pipeline=st.integers(1, 2),
+    data=st.integers(1, 3),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(source=any_cut, target=any_cut, seed=st.integers(0, 1 << 32))
+def test_any_cut_hands_over_to_any_other(source: ScriptedModel, target: ScriptedModel, seed: int) -> None:
+    world = World(seed, {"p0": Role.PREFILL, "d0": Role.DECODE}, num_blocks=80, models={"p0": source, "d0": target})
+    for request in play(world, 5, lambda: None):
+        assert world.tokens[request.request_id] == right_answer(request)
+    assert not world.errors
 
 
 def test_requests_spread_over_the_data_parallel_ranks_and_return_to_their_prefix() -> None:
