@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from diptych.core.errors import HandshakeError
 from diptych.core.fleet import Epoch, KVEndpoint, Manifest, WorkerId, WorkerState, WorkerStats, WorkerView, is_worker_id
+from diptych.policy.compatibility import model_differences
 from diptych.policy.resharding import incompatibilities
 from diptych.wire import messages
 from diptych.wire.channel import Channel
@@ -91,13 +92,9 @@ class FleetRegistry:
             self.manifest = manifest
             return
         ours = self.manifest
-        theirs, longest = manifest.model.max_model_len, ours.model.max_model_len
-        if theirs != longest:
-            raise HandshakeError(f"a context of {theirs} tokens, this fleet has {longest} (--max-model-len)")
-        if manifest.model.digest != ours.model.digest:
-            raise HandshakeError(f"model {manifest.model.digest}, this fleet serves {ours.model.digest}")
-        if reasons := incompatibilities(manifest.layout, ours.layout):
-            raise HandshakeError(f"KV cannot pass between it and this fleet: {'; '.join(reasons)}")
+        reasons = model_differences(manifest.model, ours.model) + incompatibilities(manifest.layout, ours.layout)
+        if reasons:
+            raise HandshakeError(f"it does not fit this fleet: {'; '.join(reasons)}")
 
     def add(self, link: WorkerLink) -> None:
         self.links[link.worker_id] = link
