@@ -11,7 +11,7 @@ from pathlib import Path
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, is_worker_id
 from diptych.core.settings import BatchSettings, CacheSettings, CpuSettings, EngineSettings, WorkerSettings
-from diptych.fleet.local import thread_environment
+from diptych.engine.threads import thread_environment
 from diptych.fleet.placement import place
 from diptych.wire.address import TcpAddress, advertised, parse_host_port
 from diptych.wire.key_file import read_key

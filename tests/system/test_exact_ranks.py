@@ -83,7 +83,7 @@ def test_answers_are_those_of_one_rank(case: Case, directory: Path) -> None:
     check_case(case, directory)
 
 
-@pytest.mark.parallel
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in ALL if case not in SLICE], ids=" ".join)
 def test_answers_are_those_of_one_rank_for_every_pair(case: Case, directory: Path) -> None:
     check_case(case, directory)

@@ -71,7 +71,7 @@ def test_answers_are_right(pair: Pair) -> None:
     check_pair(pair)
 
 
-@pytest.mark.parallel
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [pair for pair in ALL if pair not in SLICE], ids=" to ".join)
 def test_answers_are_right_for_every_pair(pair: Pair) -> None:
     check_pair(pair)

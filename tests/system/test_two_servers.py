@@ -66,7 +66,7 @@ def test_four_ranks_hand_over_to_four_ranks(cuts: Cuts, tmp_path: Path) -> None:
         check(server, cuts, prompts, [expected_tokens(prompt, MAX_TOKENS) for prompt in prompts])
 
 
-@pytest.mark.parallel
+@pytest.mark.slow
 def test_four_rank_processes_hand_over_to_four_rank_processes(tmp_path: Path) -> None:
     """Tensor and expert parallel there, data-parallel attention and expert parallel here."""
     checkpoint = make_checkpoint("mixtral", tmp_path)

@@ -24,6 +24,7 @@ from diptych.core.actions import (
     WorkerAction,
 )
 from diptych.core.clock import Clock
+from diptych.core.errors import EngineLost
 from diptych.core.events import Tick, WorkerEvent
 from diptych.core.fleet import Manifest
 from diptych.core.ports import Engine
@@ -65,7 +66,7 @@ class WorkerLoop:
         self._clock = clock
         self._journal = journal
         self._loop = asyncio.get_running_loop()
-        self._steps = StepRunner(engine, self._push_layer, self.post)
+        self._steps = StepRunner(engine, self._push_layer, self.post, self._give_up)
         self._data: DataPlane | None = None
         self._manifest: Manifest | None = None
         self._report_due = False
@@ -91,6 +92,14 @@ class WorkerLoop:
     def post(self, event: WorkerEvent) -> None:
         """Hand an event over, from any thread."""
         self._loop.call_soon_threadsafe(self.handle, event)
+
+    def _give_up(self, error: EngineLost) -> None:
+        """On the compute thread: this worker cannot go on. An error that escapes a callback ends it (`main.serve`)."""
+
+        def fail() -> None:
+            raise error
+
+        self._loop.call_soon_threadsafe(fail)
 
     def handle(self, event: WorkerEvent) -> None:
         """One event: decide, record, do. On the loop's thread."""
