@@ -55,5 +55,10 @@ def _load_torch(engine: EngineSettings, cpu: CpuSettings, on_progress: OnProgres
 def _load_scripted(engine: EngineSettings) -> Engine:
     from diptych.engine.scripted import ScriptedEngine, ScriptedModel
 
-    model = ScriptedModel(block_size=engine.block_size, max_model_len=engine.max_model_len or 4096)
-    return ScriptedEngine(model, sleep=time.sleep)
+    model = ScriptedModel(
+        block_size=engine.block_size, max_model_len=engine.max_model_len or 4096, parallel=engine.parallel
+    )
+    try:
+        return ScriptedEngine(model, sleep=time.sleep)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

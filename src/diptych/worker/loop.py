@@ -30,6 +30,7 @@ from diptych.core.fleet import Manifest
 from diptych.core.ports import Engine
 from diptych.core.settings import WorkerSettings
 from diptych.core.ticket import TicketClaims
+from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.worker import WorkerPolicy
 from diptych.telemetry.journal import Journal
 from diptych.wire import messages
@@ -52,7 +53,7 @@ class WorkerLoop:
     def __init__(
         self,
         settings: WorkerSettings,
-        policy: WorkerPolicy,
+        policy: WorkerPolicy | DataParallelPolicy,
         engine: Engine,
         channel: Channel[messages.ToWorker],
         *,
@@ -132,7 +133,7 @@ class WorkerLoop:
     def _report(self) -> None:
         """Tell the router about changed load and cached blocks."""
         self._report_due = False
-        stored, evicted = self._policy.pool.drain_events()
+        stored, evicted = self._policy.drain_cache_events()
         if stored or evicted:
             self._channel.send(messages.KVEvents(stored, evicted))
         stats = self._policy.stats()
@@ -151,8 +152,8 @@ class WorkerLoop:
             case SendFailure(request_id, code, message):
                 self._channel.send(messages.Failed(request_id, code, message))
             case PushPages(request_id, claims, plan):
-                for transfer in plan.layers:
-                    self.data.push(request_id, claims, plan, transfer.layer)
+                for layer in dict.fromkeys(transfer.layer for transfer in plan.layers):
+                    self.data.push(request_id, claims, plan, layer)
             case CloseHandoff(request_id, claims, token):
                 self.data.close_handoff(request_id, claims, token)
             case AbandonPush(request_id, claims):
@@ -178,6 +179,7 @@ class WorkerLoop:
             first_block=grant.first_block,
             num_tokens=grant.num_tokens,
             layout=manifest.layout,
+            data_rank=grant.data_rank,
             model_digest=manifest.model.digest,
             salt=grant.request.cache_salt,
             nonce=secrets.token_bytes(NONCE_BYTES),
