@@ -168,7 +168,7 @@ def test_what_dies_again_and_again_gets_ever_less_to_do() -> None:
     assert not world.errors
     assert len([second for second in given if second < 12]) >= 7  # one death is nothing
     assert not [second for second in given if second >= 60]
-    for second in range(600, 700):
+    for second in range(600, 640):
         world.now = float(second)
         world.route(Tick())
         while world.under_way():
