@@ -49,11 +49,11 @@ class WorldWorker:
         limits = BatchLimits(max_batch_tokens=16, max_sequences=6)
         return WorkerPolicy(self.layout, pool, limits, self.model.info.eos_token_ids, data_rank=data_rank)
 
-    def view(self) -> WorkerView:
+    def view(self, state: WorkerState = WorkerState.READY) -> WorkerView:
         return WorkerView(
             worker_id=self.worker_id,
             role=self.role,
-            state=WorkerState.READY,
+            state=state,
             epoch=1,
             num_blocks=self.num_blocks * len(self.ranks),
             block_size=self.layout.block_size,
@@ -73,6 +73,7 @@ class WorldWorker:
             case do.RunStep():
                 world.send(me, "engine " + me, lambda: self.step(action))
             case do.SendFirstToken(output, cached, queue_seconds, prefill_seconds):
+                world.cached[output.request_id] = cached
                 event = on.FirstTokenMade(me, output, cached, queue_seconds, prefill_seconds)
                 world.send(me, "router", lambda: world.route(event))
             case do.SendTokens(outputs):
@@ -171,6 +172,9 @@ class World:
         self.finished: set[str] = set()
         self.errors: dict[str, DiptychError] = {}
         self.routes: dict[str, str] = {}
+        self.cached: dict[str, int] = {}  # by attempt: what its prefill worker had cached
+        self.dead: set[str] = set()
+        self.leaving: set[str] = set()
         cuts = models or {}
         self.workers = {
             name: WorldWorker(self, name, role, num_blocks, cuts.get(name, MODEL)) for name, role in roles.items()
@@ -187,18 +191,31 @@ class World:
         queue.clear()
         queue.extend(kept)
 
+    def under_way(self) -> list[tuple[str, str]]:
+        """Who sends messages to whom."""
+        return [key for key, queue in self.queues.items() if queue]
+
     def step(self) -> bool:
-        """Deliver one message; False if none is under way."""
-        busy = [key for key, queue in self.queues.items() if queue]
+        """Deliver one message or, if none is under way, let time pass. False if nothing is left to happen."""
+        busy = self.under_way()
         if not busy:
-            return False
+            return self.pass_time()
         self.now += 0.001
         _, deliver = self.queues[self.random.choice(busy)].popleft()
         deliver()
         return True
 
+    def pass_time(self) -> bool:
+        """To when the router has planned something, or by a second if somebody waits; False if there is neither."""
+        wake_at = self.router.wake_at(self.now)
+        if wake_at is None and not self.router.live:
+            return False
+        self.now = self.now + 1.0 if wake_at is None else wake_at
+        self.route(on.Tick())
+        return True
+
     def run(self, limit: int = 100_000) -> None:
-        """Deliver until nothing is under way."""
+        """Go on until nothing is left to happen."""
         for _ in range(limit):
             if not self.step():
                 return
@@ -208,11 +225,12 @@ class World:
         self.tokens[request.request_id] = []
         self.route(on.RequestSubmitted(request))
         live = self.router.live.get(request.request_id)
-        if live is not None:
+        if live is not None and live.route is not None:
             self.routes[request.request_id] = live.route.header()
 
-    def kill(self, name: str) -> None:
-        """A worker dies with everything that is on its way to or from it; a new life takes its place."""
+    def kill(self, name: str, *, back: bool = True) -> None:
+        """A worker dies with everything that is on its way to or from it; a new life takes its place, now or when it
+        is revived."""
         for key, queue in self.queues.items():
             if any(name in end.split() for end in key):
                 queue.clear()
@@ -226,8 +244,21 @@ class World:
             for request_id in [r for r, source in worker.writers.items() if source == name and r in worker.tickets]:
                 failure = on.HandoffFailed(request_id, "transfer_failed", "the source is gone")
                 self.send("links of " + worker.worker_id, worker.worker_id, lambda w=worker, e=failure: w.handle(e))
+        self.dead.add(name)
+        self.leaving.discard(name)
         self.route(on.WorkerGone(name))
+        if back:
+            self.revive(name)
+
+    def revive(self, name: str) -> None:
+        """The next life of a dead worker registers."""
+        self.dead.remove(name)
         self.route(on.WorkerUpdated(self.workers[name].view()))
+
+    def leave(self, name: str) -> None:
+        """A worker wants to go; it does once nobody needs it."""
+        self.leaving.add(name)
+        self.route(on.WorkerUpdated(self.workers[name].view(WorkerState.DRAINING)))
 
     def cancel(self, request_id: str) -> None:
         self.route(on.RequestCancelled(request_id))
@@ -235,6 +266,9 @@ class World:
     def route(self, event: on.RouterEvent) -> None:
         for action in self.router.handle(event, self.now):
             self.perform(action)
+        for name in sorted(self.leaving):
+            if name in self.leaving and not self.router.is_needed(name):
+                self.kill(name, back=False)
 
     def perform(self, action: do.RouterAction) -> None:
         match action:
