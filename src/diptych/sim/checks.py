@@ -1,0 +1,81 @@
+"""What must hold at every moment, and at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diptych.core.actions import RunStep
+from diptych.core.blocks import BlockId
+from diptych.sim.violation import Violation
+
+if TYPE_CHECKING:
+    from diptych.sim.life import Life
+    from diptych.sim.world import World
+
+
+def check_tickets(life: Life) -> None:
+    """No two tickets give leave to write to one block, and such a block is not free."""
+    tickets = life.receiver.tickets.out
+    if not tickets:
+        return
+    owners: dict[BlockId, str] = {}
+    for request_id, ticket in tickets.items():
+        for block in ticket.writable:
+            if block in owners:
+                raise Violation(
+                    f"block {block} of {life.name} may be written for {owners[block]} and for {request_id} at once"
+                )
+            owners[block] = request_id
+    if life.policy.pool.num_used < len(owners):
+        raise Violation(f"{life.name} counts blocks as free that {', '.join(tickets)} may still be written to")
+
+
+def check_step(life: Life, step: RunStep) -> None:
+    """A step reads no block that somebody else may be writing, and writes none that somebody else reads or writes."""
+    writable = {
+        block: request_id for request_id, ticket in life.receiver.tickets.out.items() for block in ticket.writable
+    }
+    reading = {block: request_id for request_id, blocks in life.reading.values() for block in blocks}
+    size = life.engine.layout.block_size
+    for row in step.batch.rows:
+        request_id, table = row.sequence.request_id, row.sequence.block_table
+        for block in table:
+            if block in writable:
+                raise Violation(
+                    f"{life.name} computes {request_id} with block {block}, "
+                    f"which may still be written for {writable[block]}"
+                )
+        for block in table[row.start // size : (row.end - 1) // size + 1]:
+            if reading.get(block, request_id) != request_id:
+                raise Violation(
+                    f"{life.name} computes {request_id} into block {block}, "
+                    f"which is still being read for {reading[block]}"
+                )
+
+
+def check_end(world: World) -> None:
+    """All faults are over, and nothing happens any more: nobody waits, and nothing is left anywhere."""
+    for client in world.clients.values():
+        if not client.over:
+            raise Violation(f"{client.request_id} has not ended after {world.kernel.now:.1f} s; {client.describe()}")
+    if world.router.policy.live:
+        raise Violation(f"the router still has {', '.join(world.router.policy.live)}")
+    for spec in world.scenario.workers:
+        life = world.lives[spec.worker_id]
+        if not life.accepts or world.router.links.get(spec.worker_id) is None:
+            raise Violation(f"{life.name} has not come back")
+        _check_empty(life)
+
+
+def _check_empty(life: Life) -> None:
+    life.policy.check_integrity()
+    leftovers = {
+        "blocks in use": life.policy.pool.num_used,
+        "requests": 0 if life.policy.idle else ", ".join(life.policy.request_ids) or "nameless",
+        "tickets out": ", ".join(life.receiver.tickets.out),
+        "pushes": ", ".join(push for link in life.links.values() for push in link.pushes),
+        "pages to read": len(life.reading),
+    }
+    left = [f"{name}: {count}" for name, count in leftovers.items() if count]
+    if left:
+        raise Violation(f"when all is over, {life.name} still has {'; '.join(left)}")

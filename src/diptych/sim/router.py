@@ -1,0 +1,164 @@
+"""The router's shell: what `router.dispatch` and `router.fleet` do. All router actions are carried out in `_perform`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from diptych.core import actions as do
+from diptych.core import events as on
+from diptych.core.fleet import Role, WorkerId, WorkerState, WorkerStats, WorkerView
+from diptych.policy.dispatch import RouterPolicy
+from diptych.policy.routing import Routing
+from diptych.sim import messages
+from diptych.sim.failures import check_failure
+from diptych.sim.network import ROUTER, End, Pipe
+
+if TYPE_CHECKING:
+    from diptych.sim.life import Life
+    from diptych.sim.world import World
+
+SILENCE_SECONDS = 5.0  # as in router.fleet
+BEAT_SECONDS = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """One connected life, before and after it has registered."""
+
+    life: Life
+    down: Pipe
+    state: WorkerState = WorkerState.READY
+    stats: WorkerStats = field(default_factory=WorkerStats)
+    silent_since: float | None = None
+
+    def view(self) -> WorkerView:
+        return self.life.view(self.state, self.stats)
+
+
+class Router:
+    """Policy, and the workers that have registered."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.policy = RouterPolicy(Routing())
+        self.links: dict[WorkerId, Link] = {}
+        self.clock_ahead = 0.0
+
+    def connect(self, life: Life) -> None:
+        """A life opens its connection and introduces itself."""
+        network, name = self.world.network, life.worker_id
+        down = network.pipe(ROUTER, name, lambda order: life.process.run(lambda: life.from_router(order)))
+        link = Link(life, down)
+        up = life.to_router = network.pipe(name, ROUTER, lambda message: self._on_message(link, message))
+        life.pipes_out.append(up)
+        life.pipes_in.append(down)
+        up.send(messages.Hello(life))
+
+    # workers
+
+    def _on_message(self, link: Link, message: object) -> None:
+        if isinstance(message, messages.Hello):
+            self._register(link)
+        elif self.links.get(link.life.worker_id) is not link:
+            return  # it has been given up
+        elif isinstance(message, End):
+            self._lost(link, "hangs up")
+        elif isinstance(message, messages.Load):
+            link.stats = message.stats
+            self.handle(on.WorkerUpdated(link.view()))
+        elif isinstance(message, messages.Leaving):
+            link.state = WorkerState.DRAINING
+            self.handle(on.WorkerUpdated(link.view()))
+        else:
+            self.handle(message)  # type: ignore[arg-type]  # the rest are events as they are
+
+    def _register(self, link: Link) -> None:
+        older = self.links.get(link.life.worker_id)
+        if older is not None and older.life.epoch >= link.life.epoch:
+            link.down.end()
+            return
+        if older is not None:
+            self._lost(older, "is replaced by a newer life")
+        self.world.tell("{} registers, with epoch {}", link.life.name, link.life.epoch)
+        self.links[link.life.worker_id] = link
+        self._introduce(link)
+        self.handle(on.WorkerUpdated(link.view()))
+        self.watch(link.life.worker_id)
+
+    def _introduce(self, newcomer: Link) -> None:
+        for link in self.links.values():
+            for source, target in ((link, newcomer), (newcomer, link)):
+                if source.life.spec.role is Role.PREFILL and target.life.spec.role is not Role.PREFILL:
+                    source.down.send(messages.WarmUp(target.life))
+
+    def _lost(self, link: Link, how: str) -> None:
+        if self.links.get(link.life.worker_id) is link:
+            del self.links[link.life.worker_id]
+            link.down.end()
+            self.world.tell("the router loses {}: it {}", link.life.name, how)
+            self.handle(on.WorkerGone(link.life.worker_id))
+
+    def watch(self, worker_id: WorkerId) -> None:
+        """To be called when it may have fallen silent, or be heard again. (Stands for heartbeats.)"""
+        link = self.links.get(worker_id)
+        if link is None:
+            return
+        life = link.life
+        heard = life.process.alive and not life.process.frozen and not self.world.network.is_cut((worker_id, ROUTER))
+        if heard:
+            link.silent_since = None
+        elif link.silent_since is None:
+            since = link.silent_since = self.world.kernel.now
+            patience = SILENCE_SECONDS + BEAT_SECONDS * self.world.rng.random()
+            self.world.kernel.after(patience, lambda: self._check_silence(link, since))
+
+    def _check_silence(self, link: Link, since: float) -> None:
+        if link.silent_since == since and self.links.get(link.life.worker_id) is link:
+            self._lost(link, "has fallen silent")
+            self.world.on_silent(link.life)
+
+    # events and actions
+
+    def handle(self, event: on.RouterEvent) -> None:
+        """One event: decide, do."""
+        self.world.count_event()
+        for action in self.policy.handle(event, self.world.kernel.now + self.clock_ahead):
+            self._perform(action)
+        for link in self.links.values():
+            if link.state is WorkerState.DRAINING and not self.policy.is_needed(link.life.worker_id):
+                link.state = WorkerState.LOST
+                link.down.send(messages.Shutdown())
+
+    def _perform(self, action: do.RouterAction) -> None:
+        match action:
+            case do.Deliver(output):
+                self.world.clients[output.request_id].take(output)
+            case do.DeliverFailure(request_id, error):
+                client = self.world.clients[request_id]
+                self.world.tell("{} fails for its client: {} ({})", request_id, error.code, error.message)
+                client.fail(error)
+                check_failure(self.world, client)
+            case do.StartLocal(worker_id, request, outputs):
+                self._attempt(request.request_id, f"is to be served by {worker_id} alone", outputs)
+                self._send(worker_id, on.ServeRequested(request, outputs))
+            case do.ReserveBlocks(worker_id, request, outputs):
+                self._attempt(request.request_id, f"is to be split, with {worker_id} to decode", outputs)
+                self._send(worker_id, on.ReserveRequested(request, outputs))
+            case do.StartPrefill(worker_id, request, ticket, target, _, outputs):
+                link = self.links.get(target)
+                if link is not None:
+                    self._send(worker_id, messages.Prefill(request, outputs, ticket, link.life))
+            case do.AbortOn(worker_id, request_id):
+                self._send(worker_id, on.AbortRequested(request_id))
+            case _:
+                raise TypeError(f"the router cannot {action}")
+
+    def _attempt(self, attempt_id: str, how: str, outputs: tuple[int, ...]) -> None:
+        self.world.client_of(attempt_id).attempts += 1
+        self.world.tell("{} {}, from token {} on", attempt_id, how, len(outputs))
+
+    def _send(self, worker_id: WorkerId, message: object) -> None:
+        link = self.links.get(worker_id)
+        if link is not None:
+            link.down.send(message)
