@@ -73,8 +73,9 @@ class LiveRequest:
 
     @property
     def handed_over(self) -> bool:
-        """The decode worker has gone on from the first token: the prefill worker's part is done."""
-        return len(self.output_token_ids) > self.num_resumed + 1 or bool(self.early)
+        """The decode worker has gone on from the first token: the prefill worker's part is done. (As long as that
+        token itself is missing it is not, whatever has come early: nobody else sends it.)"""
+        return len(self.output_token_ids) > self.num_resumed + 1
 
     def needs(self, worker_id: WorkerId) -> bool:
         """Whether it cannot go on without this worker."""

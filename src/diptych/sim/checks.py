@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_tickets(life: Life) -> None:
-    """No two tickets give leave to write to one block, and such a block is not free."""
+    """No two tickets give leave to write to one block, such a block is not free, and nobody sends it on."""
     tickets = life.receiver.tickets.out
     if not tickets:
         return
@@ -26,6 +26,11 @@ def check_tickets(life: Life) -> None:
                     f"block {block} of {life.name} may be written for {owners[block]} and for {request_id} at once"
                 )
             owners[block] = request_id
+    for reader, blocks in life.reading.values():
+        for block in blocks & owners.keys():
+            raise Violation(
+                f"block {block} of {life.name} is read for {reader} and written for {owners[block]} at once"
+            )
     if life.policy.pool.num_used < len(owners):
         raise Violation(f"{life.name} counts blocks as free that {', '.join(tickets)} may still be written to")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from diptych.sim import messages
@@ -15,8 +16,18 @@ if TYPE_CHECKING:
 
 def strike(world: World, fault: Fault) -> None:
     """Let a fault happen now, if there is anything for it to happen to; its end is planned."""
+    if not fault.worker:
+        fault = replace(fault, worker=_busy_worker(world, fault.other))
     if _STRIKE[fault.kind](world, fault):
         world.count_fault(fault.kind)
+
+
+def _busy_worker(world: World, other: str) -> str:
+    """One that has something to lose, or any."""
+    lives = [life for life in world.lives.values() if life.worker_id != other]
+    busy = [life for life in lives if life.process.alive and not life.policy.idle]
+    names = sorted(life.worker_id for life in busy or lives)
+    return world.rng.choice(names) if names else ""
 
 
 def _life(world: World, fault: Fault) -> Life | None:

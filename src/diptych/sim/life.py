@@ -131,7 +131,7 @@ class Life:
         if self.closing:
             return
         world = self.world
-        world.count_event()
+        world.count_event(self.name, event)
         actions = self.policy.handle(event, world.kernel.now + self.clock_ahead)
         for action in actions:
             self._perform(action)
@@ -323,7 +323,8 @@ class Life:
     def check_closed(self) -> None:
         """If nothing is left to wait for, this life is over."""
         links = [*self.links.values(), *self.old_links]
-        if self.closing and self.process.alive and not (self._step_running or self.receiver.peers):
-            if all(link.at_rest for link in links):
-                self.process.die()
-                self.world.life_over(self)
+        if not self.closing or not self.process.alive or self._step_running or self.receiver.peers:
+            return
+        if all(link.at_rest for link in links):
+            self.process.die()
+            self.world.life_over(self)

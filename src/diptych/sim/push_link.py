@@ -125,6 +125,7 @@ class PushLink:
             if self.lost:
                 self._hang_up()
             self._work()
+            self._source.check_closed()
 
     def _wake(self, push: Push) -> None:
         """Leave has come, or will not."""
@@ -186,9 +187,7 @@ class PushLink:
                 self.target.receiver.written_by(self._peer, claims, transfers, content)
             payload = None if self._mapped else content
             self._send(
-                frames.Pages(
-                    claims.request_id, claims.nonce, claims.epoch, layer, blocks, transfers, digest, payload
-                )
+                frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, blocks, transfers, digest, payload)
             )
         finally:
             source.end_reading(reading)

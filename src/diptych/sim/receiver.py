@@ -131,6 +131,7 @@ class Peer:
         if ticket is None:
             return
         if self._tickets.close(ticket):
+            self._owner.world.outcome.handoffs += 1
             self._owner.tell("has all pages of {} from {}", frame.request_id, self.source.name)
             self._owner.post(HandoffComplete(frame.request_id, frame.token))
             self.tell(frames.Accepted(frame.request_id, frame.nonce))

@@ -1,4 +1,4 @@
-"""The router's shell: what `router.dispatch` and `router.fleet` do. All router actions are carried out in `_perform`."""
+"""The router's shell: what `router.dispatch` and `router.fleet` do. All its actions are carried out in `_perform`."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Router:
 
     def handle(self, event: on.RouterEvent) -> None:
         """One event: decide, do."""
-        self.world.count_event()
+        self.world.count_event(ROUTER, event)
         for action in self.policy.handle(event, self.world.kernel.now + self.clock_ahead):
             self._perform(action)
         for link in self.links.values():

@@ -62,7 +62,9 @@ class RequestSpec:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Strikes at `at` seconds or, if `after_event` is given, at the n-th event of the fleet's policies."""
+    """Strikes at `at` seconds or, if `after_event` is given, at the n-th event of the fleet's policies.
+
+    `worker` names its victim; if it is "", that is one that is busy then."""
 
     kind: FaultKind
     worker: str
@@ -97,7 +99,7 @@ def draw(seed: int) -> Scenario:
     requests = _requests(rng, busy)
     span = requests[-1].at + 12 * step
     names = [worker.worker_id for worker in workers]
-    faults = tuple(_fault(rng, names, span) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 5))))
+    faults = tuple(_fault(rng, names, span) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6))))
     return Scenario(
         seed=seed,
         workers=workers,
@@ -133,7 +135,7 @@ def _requests(rng: random.Random, busy: float) -> tuple[RequestSpec, ...]:
         shared = SHARED[: rng.choice((0, 0, 8, 20))]
         own = tuple(rng.randrange(30, 256) for _ in range(rng.randrange(1, 20)))
         sampling = SamplingParams(
-            temperature=rng.choice((0.0, 1.0)), seed=rng.randrange(1 << 32), max_tokens=rng.choice((1, 2, 4, 8))
+            temperature=rng.choice((0.0, 1.0)), seed=rng.randrange(1 << 32), max_tokens=rng.choice((1, 2, 5, 10))
         )
         request = Request(
             request_id=f"r{number}",
@@ -150,15 +152,15 @@ def _requests(rng: random.Random, busy: float) -> tuple[RequestSpec, ...]:
 
 def _fault(rng: random.Random, names: list[str], span: float) -> Fault:
     kind = rng.choice(_KINDS)
-    worker = rng.choice(names)
+    worker = rng.choice(("", rng.choice(names)))
     others = [name for name in names if name != worker]
     if kind is not FaultKind.DISORDER:
         others.append("router")
     return Fault(
         kind=kind,
         worker=worker,
-        at=rng.uniform(0.0, span),
-        after_event=rng.randrange(10, 150) if rng.random() < 0.5 else None,
+        at=rng.uniform(0.15, span),
+        after_event=rng.randrange(12, 120) if rng.random() < 0.5 else None,
         seconds=rng.choice((0.3, 3.0, 12.0)) * (0.5 + rng.random()),
         other=rng.choice(others),
         extra=rng.choice((0.2, 1.0, 4.0) if kind is FaultKind.DELAY else (1.0, 20.0, 3600.0)),

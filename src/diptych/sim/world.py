@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from diptych.core.events import RequestCancelled, RequestSubmitted
 from diptych.core.fleet import Epoch
@@ -18,20 +19,13 @@ from diptych.sim.kernel import Kernel
 from diptych.sim.life import Life, Segments
 from diptych.sim.network import Network
 from diptych.sim.router import Router
-from diptych.sim.scenario import Fault, FaultKind, RequestSpec, Scenario, WorkerSpec
+from diptych.sim.scenario import FaultKind, RequestSpec, Scenario, WorkerSpec
+from diptych.sim.story import Story
 from diptych.sim.violation import Violation
 
 LOAD_SECONDS = 0.05  # until a worker of the first hour connects
 RESTART_SECONDS = 1.0  # about what a worker takes to come back by itself
 PATIENCE_SECONDS = 300.0  # after the last fault and the last request, everything must be over by then
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Of the story."""
-
-    at: float
-    text: str
 
 
 @dataclass(slots=True)
@@ -43,20 +37,21 @@ class Outcome:
     seconds: float = 0.0  # of virtual time
     finished: int = 0  # requests
     failed: Counter[str] = field(default_factory=Counter)  # requests, by error code
+    attempts: int = 0  # that requests took
+    handoffs: int = 0  # that succeeded
     faults: Counter[FaultKind] = field(default_factory=Counter)  # that struck
     violation: str | None = None
-    story: list[Line] = field(default_factory=list)
 
 
 class World:
     """Everything there is in one history."""
 
-    def __init__(self, scenario: Scenario, *, tell_story: bool = False) -> None:
+    def __init__(self, scenario: Scenario, story: Story | None = None) -> None:
         self.scenario = scenario
         self.rng = random.Random(scenario.seed)
         self.kernel = Kernel()
         self.network = Network(self.kernel, self.rng, scenario.latency)
-        self.story: list[Line] | None = [] if tell_story else None
+        self.story = story
         self.clients = {spec.request.request_id: Client(spec, scenario.model) for spec in scenario.requests}
         self.lives: dict[str, Life] = {}
         self.router = Router(self)
@@ -66,12 +61,12 @@ class World:
         self._healed_at = 0.0
         self._by_event = {fault.after_event: fault for fault in scenario.faults if fault.after_event is not None}
         for spec in scenario.workers:
-            self.kernel.after(LOAD_SECONDS * self.rng.random(), lambda spec=spec: self._start(spec, Segments()))
+            self.kernel.after(LOAD_SECONDS * self.rng.random(), partial(self._start, spec, Segments()))
         for request in scenario.requests:
-            self.kernel.after(request.at, lambda request=request: self._submit(request))
+            self.kernel.after(request.at, partial(self._submit, request))
         for fault in scenario.faults:
             if fault.after_event is None:
-                self.kernel.after(fault.at, lambda fault=fault: strike(self, fault))
+                self.kernel.after(fault.at, partial(strike, self, fault))
 
     def run(self) -> Outcome:
         """Play it to its end, or to the first violation."""
@@ -79,9 +74,9 @@ class World:
         try:
             while self.kernel.step():
                 if self.kernel.now > self._healed_at + PATIENCE_SECONDS:
-                    self._check_end()
+                    check_end(self)
                     raise Violation("things still happen long after everything should be over")
-            self._check_end()
+            check_end(self)
         except Violation as violation:
             outcome.violation = str(violation)
         except Exception:  # whatever policy raises is a find, too
@@ -89,22 +84,21 @@ class World:
         outcome.seconds = self.kernel.now
         outcome.finished = sum(client.finished for client in self.clients.values())
         outcome.failed.update(client.error.code for client in self.clients.values() if client.error is not None)
-        outcome.story = self.story or []
+        outcome.attempts = sum(client.attempts for client in self.clients.values())
         return outcome
-
-    def _check_end(self) -> None:
-        check_end(self)
 
     # the story
 
     def tell(self, text: str, *details: object) -> None:
         """Write a line, if anybody is going to read it."""
         if self.story is not None:
-            self.story.append(Line(self.kernel.now, text.format(*details)))
+            self.story.add(self.kernel.now, text.format(*details))
 
-    def count_event(self) -> None:
+    def count_event(self, name: str, event: object) -> None:
         """A policy is about to handle an event; some faults wait for just that."""
         self.outcome.events += 1
+        if self.story is not None:
+            self.story.add_event(self.kernel.now, name, event)
         fault = self._by_event.get(self.outcome.events)
         if fault is not None:
             self.kernel.after(0.0, lambda: strike(self, fault))
