@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from diptych.core.actions import RunStep
@@ -56,6 +57,14 @@ def check_step(life: Life, step: RunStep) -> None:
                     f"{life.name} computes {request_id} into block {block}, "
                     f"which is still being read for {reading[block]}"
                 )
+
+
+def check_over(life: Life, request_ids: Iterable[str]) -> None:
+    """A worker that has been told everything about a request that is over has let go of it."""
+    for request_id in request_ids:
+        for attempt_id in life.policy.request_ids:
+            if attempt_id.partition("~")[0] == request_id:
+                raise Violation(f"{life.name} goes on with {attempt_id}, which is over: nobody has told it to stop")
 
 
 def check_end(world: World) -> None:

@@ -20,6 +20,7 @@ class Client:
         self.submitted = self.finished = self.cancelled = False
         self.error: DiptychError | None = None
         self.attempts = 0
+        self.workers: set[str] = set()  # that were told to begin with it
         self.engine_faults = 0
 
     @property

@@ -22,7 +22,7 @@ from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool
 from diptych.policy.worker import WorkerPolicy
 from diptych.sim import frames, messages
-from diptych.sim.checks import check_step, check_tickets
+from diptych.sim.checks import check_over, check_step, check_tickets
 from diptych.sim.kernel import Process
 from diptych.sim.network import End, Pipe
 from diptych.sim.push_link import PushLink
@@ -83,7 +83,9 @@ class Life:
         self.receiver = Receiver(self)
         self.reading: dict[int, tuple[str, set[int]]] = {}  # what queued pushes still have to read
         self._readings = count()
-        self._step_running = False
+        self._step_running = False  # the engine computes
+        self._in_flight = False  # policy waits for the outcome of a step
+        self._ended: list[str] = []  # requests about which the router has said everything
         self._tick_due = self._report_due = False
         self._last_stats = WorkerStats()
 
@@ -133,10 +135,15 @@ class Life:
         world = self.world
         world.count_event(self.name, event)
         actions = self.policy.handle(event, world.kernel.now + self.clock_ahead)
+        step_over = isinstance(event, on.StepFinished | on.StepFailed)
+        if step_over:
+            self._in_flight = False
         for action in actions:
             self._perform(action)
         self.policy.check_integrity()
         check_tickets(self)
+        if step_over:
+            self._check_over()
         if not self._report_due:
             self._report_due = True
             world.kernel.after(world.scenario.report_seconds, lambda: self.process.run(self._report))
@@ -176,6 +183,10 @@ class Life:
             case messages.Shutdown():
                 self.tell("is told to end")
                 self.close()
+            case messages.Over(request_id):
+                self._ended.append(request_id)
+                if not self._in_flight:
+                    self._check_over()
             case End():
                 self.tell("finds that the router has given it up")
                 self.close()
@@ -183,6 +194,12 @@ class Life:
                 self.handle(message)
             case _:
                 raise TypeError(f"the router said {message}")
+
+    def _check_over(self) -> None:
+        """What is over is over, at the latest after the step that it takes part in."""
+        if self._ended:
+            check_over(self, self._ended)
+            self._ended.clear()
 
     # actions
 
@@ -234,7 +251,7 @@ class Life:
     # steps
 
     def _run(self, step: do.RunStep) -> None:
-        self._step_running = True
+        self._step_running = self._in_flight = True
         seconds = self.engine.step_seconds(step.batch) * (0.5 + self.world.rng.random())
         self.world.kernel.after(seconds, lambda: self.process.run(lambda: self._computed(step, seconds)))
 

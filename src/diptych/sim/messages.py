@@ -42,3 +42,10 @@ class WarmUp(NamedTuple):
 
 class Shutdown(NamedTuple):
     """End."""
+
+
+class Over(NamedTuple):
+    """Not a real message, but a mark in the stream of orders: all that the router had to say about a request has
+    been said by now. Behind it, nobody should be working for that request."""
+
+    request_id: str

@@ -11,6 +11,7 @@ from diptych.core.fleet import Role, WorkerId, WorkerState, WorkerStats, WorkerV
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.sim import messages
+from diptych.sim.clients import Client
 from diptych.sim.failures import check_failure
 from diptych.sim.network import ROUTER, End, Pipe
 
@@ -44,6 +45,12 @@ class Router:
         self.policy = RouterPolicy(Routing())
         self.links: dict[WorkerId, Link] = {}
         self.clock_ahead = 0.0
+        self._ended: list[Client] = []  # in the event at hand
+
+    def cancel(self, client: Client) -> None:
+        """The client goes away."""
+        self._ended.append(client)
+        self.handle(on.RequestCancelled(client.request_id))
 
     def connect(self, life: Life) -> None:
         """A life opens its connection and introduces itself."""
@@ -129,26 +136,34 @@ class Router:
             if link.state is WorkerState.DRAINING and not self.policy.is_needed(link.life.worker_id):
                 link.state = WorkerState.LOST
                 link.down.send(messages.Shutdown())
+        while self._ended:
+            client = self._ended.pop()
+            for worker_id in client.workers:
+                self._send(worker_id, messages.Over(client.request_id))
 
     def _perform(self, action: do.RouterAction) -> None:
         match action:
             case do.Deliver(output):
-                self.world.clients[output.request_id].take(output)
+                client = self.world.clients[output.request_id]
+                client.take(output)
+                if client.finished:
+                    self._ended.append(client)
             case do.DeliverFailure(request_id, error):
                 client = self.world.clients[request_id]
                 self.world.tell("{} fails for its client: {} ({})", request_id, error.code, error.message)
                 client.fail(error)
+                self._ended.append(client)
                 check_failure(self.world, client)
             case do.StartLocal(worker_id, request, outputs):
                 self._attempt(request.request_id, f"is to be served by {worker_id} alone", outputs)
-                self._send(worker_id, on.ServeRequested(request, outputs))
+                self._order(worker_id, request.request_id, on.ServeRequested(request, outputs))
             case do.ReserveBlocks(worker_id, request, outputs):
                 self._attempt(request.request_id, f"is to be split, with {worker_id} to decode", outputs)
-                self._send(worker_id, on.ReserveRequested(request, outputs))
+                self._order(worker_id, request.request_id, on.ReserveRequested(request, outputs))
             case do.StartPrefill(worker_id, request, ticket, target, _, outputs):
                 link = self.links.get(target)
                 if link is not None:
-                    self._send(worker_id, messages.Prefill(request, outputs, ticket, link.life))
+                    self._order(worker_id, request.request_id, messages.Prefill(request, outputs, ticket, link.life))
             case do.AbortOn(worker_id, request_id):
                 self._send(worker_id, on.AbortRequested(request_id))
             case _:
@@ -157,6 +172,11 @@ class Router:
     def _attempt(self, attempt_id: str, how: str, outputs: tuple[int, ...]) -> None:
         self.world.client_of(attempt_id).attempts += 1
         self.world.tell("{} {}, from token {} on", attempt_id, how, len(outputs))
+
+    def _order(self, worker_id: WorkerId, attempt_id: str, message: object) -> None:
+        """Have a worker begin with something."""
+        self.world.client_of(attempt_id).workers.add(worker_id)
+        self._send(worker_id, message)
 
     def _send(self, worker_id: WorkerId, message: object) -> None:
         link = self.links.get(worker_id)

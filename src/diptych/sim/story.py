@@ -7,16 +7,21 @@ from dataclasses import dataclass
 
 from diptych.core.events import (
     AbortRequested,
+    BlocksCached,
     FirstTokenMade,
     HandoffComplete,
     HandoffFailed,
     LinkLost,
     PrefillRequested,
+    RequestFailed,
     ReserveRequested,
     ServeRequested,
     StepFailed,
     StepFinished,
+    Tick,
+    TicketGranted,
     TokensMade,
+    WorkerUpdated,
 )
 from diptych.sim.scenario import Scenario
 
@@ -38,8 +43,9 @@ class Story:
         self._lines.append(_Line(at, text))
 
     def add_event(self, at: float, name: str, event: object) -> None:
-        """A policy takes an event."""
-        self._lines.append(_Line(at, f"    {name}: {_in_words(event)}", is_event=True))
+        """A policy takes an event. (Reports and ticks explain little.)"""
+        if not isinstance(event, BlocksCached | Tick | WorkerUpdated):
+            self._lines.append(_Line(at, f"    {name} {_in_words(event)}", is_event=True))
 
     def tell(self, last_events: int = 25) -> Iterator[str]:
         """The lines. Of the events there are the last few."""
@@ -72,20 +78,24 @@ def _in_words(event: object) -> str:
             return f"is to prefill {request.request_id} for {claims.worker_id}"
         case AbortRequested(request_id):
             return f"is to let go of {request_id}"
+        case TicketGranted(worker_id, request_id):
+            return f"gets a ticket of {worker_id} for {request_id}"
         case FirstTokenMade(worker_id, output):
-            return f"hears of the first token of {output.request_id} (index {output.index}) from {worker_id}"
+            return f"gets {output.request_id}[{output.index}], a first token, from {worker_id}"
         case TokensMade(worker_id, outputs):
             tokens = ", ".join(f"{output.request_id}[{output.index}]" for output in outputs)
-            return f"hears of {tokens} from {worker_id}"
+            return f"gets {tokens} from {worker_id}"
+        case RequestFailed(worker_id, request_id, code):
+            return f"hears from {worker_id} that {request_id} has failed: {code}"
         case HandoffComplete(request_id):
-            return f"has all pages of {request_id}"
+            return f"takes over {request_id}"
         case HandoffFailed(request_id, code, message):
-            return f"the hand-off of {request_id} has failed: {code} ({message})"
+            return f"hears that the hand-off of {request_id} has failed: {code} ({message})"
         case LinkLost(worker_id, request_ids):
             return f"has lost its data connection to {worker_id}, with {', '.join(request_ids)}"
         case StepFinished(samples):
             return f"has finished a step with {len(samples)} sequences"
         case StepFailed(code, _, request_ids):
-            return f"a step has failed: {code} {', '.join(request_ids)}"
-    names = (f"{getattr(event, name)}" for name in ("worker_id", "request_id") if hasattr(event, name))
-    return f"{type(event).__name__} {' '.join(names)}".strip()
+            return f"could not finish a step: {code} {', '.join(request_ids)}"
+    names = (str(getattr(event, name)) for name in ("worker_id", "request_id") if hasattr(event, name))
+    return f"takes {type(event).__name__} {' '.join(names)}".strip()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from diptych.core.events import RequestCancelled, RequestSubmitted
+from diptych.core.events import RequestSubmitted
 from diptych.core.fleet import Epoch
 from diptych.core.ticket import TicketClaims
 from diptych.sim.checks import check_end
@@ -122,7 +122,7 @@ class World:
         if not client.over:
             self.tell("the client of {} goes away", request_id)
             client.cancelled = True
-        self.router.handle(RequestCancelled(request_id))
+        self.router.cancel(client)
 
     def client_of(self, attempt_id: str) -> Client:
         """Whose stream an attempt is about. (Attempts after the first are called ID~NUMBER.)"""
