@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from diptych.core.actions import RunStep
 from diptych.core.blocks import BlockId
+from diptych.core.ticket import TicketClaims
 from diptych.sim.violation import Violation
 
 if TYPE_CHECKING:
@@ -36,27 +37,43 @@ def check_tickets(life: Life) -> None:
         raise Violation(f"{life.name} counts blocks as free that {', '.join(tickets)} may still be written to")
 
 
+def check_grant(life: Life, claims: TicketClaims) -> None:
+    """What is present of a prompt already is of the same tenant; what will be written is this tenant's from now on."""
+    _check_salts(life, claims.request_id, claims.blocks[: claims.first_block], claims.salt)
+    life.salts.update(dict.fromkeys(claims.blocks[claims.first_block :], claims.salt))
+
+
 def check_step(life: Life, step: RunStep) -> None:
-    """A step reads no block that somebody else may be writing, and writes none that somebody else reads or writes."""
+    """A step reads no page of another tenant and no block that somebody else may be writing, and writes none that
+    somebody else reads or writes."""
     writable = {
         block: request_id for request_id, ticket in life.receiver.tickets.out.items() for block in ticket.writable
     }
     reading = {block: request_id for request_id, blocks in life.reading.values() for block in blocks}
     size = life.engine.layout.block_size
     for row in step.batch.rows:
-        request_id, table = row.sequence.request_id, row.sequence.block_table
+        request, table = row.sequence.request, row.sequence.block_table
         for block in table:
             if block in writable:
                 raise Violation(
-                    f"{life.name} computes {request_id} with block {block}, "
+                    f"{life.name} computes {request.request_id} with block {block}, "
                     f"which may still be written for {writable[block]}"
                 )
-        for block in table[row.start // size : (row.end - 1) // size + 1]:
-            if reading.get(block, request_id) != request_id:
+        written = table[row.start // size : (row.end - 1) // size + 1]
+        for block in written:
+            if reading.get(block, request.request_id) != request.request_id:
                 raise Violation(
-                    f"{life.name} computes {request_id} into block {block}, "
+                    f"{life.name} computes {request.request_id} into block {block}, "
                     f"which is still being read for {reading[block]}"
                 )
+        _check_salts(life, request.request_id, table[: row.start // size], request.cache_salt)
+        life.salts.update(dict.fromkeys(written, request.cache_salt))
+
+
+def _check_salts(life: Life, request_id: str, blocks: Iterable[BlockId], salt: str) -> None:
+    for block in blocks:
+        if life.salts.get(block) != salt:
+            raise Violation(f"{life.name} serves {request_id} from block {block}, which is another tenant's")
 
 
 def check_over(life: Life, request_ids: Iterable[str]) -> None:
@@ -72,6 +89,8 @@ def check_end(world: World) -> None:
     for client in world.clients.values():
         if not client.over:
             raise Violation(f"{client.request_id} has not ended after {world.kernel.now:.1f} s; {client.describe()}")
+        if client.attempts > 1 and not world.outcome.faults:
+            raise Violation(f"{client.request_id} took {client.attempts} attempts, although nothing went wrong")
     if world.router.policy.live:
         raise Violation(f"the router still has {', '.join(world.router.policy.live)}")
     for spec in world.scenario.workers:

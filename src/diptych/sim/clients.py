@@ -34,6 +34,15 @@ class Client:
     def describe(self) -> str:
         return f"{len(self.tokens)} of {len(self.right)} tokens came, in {self.attempts} attempts"
 
+    def begin_attempt(self, outputs: tuple[int, ...]) -> None:
+        """A worker is told to continue the log."""
+        self.attempts += 1
+        if list(outputs) != self.tokens:
+            raise Violation(
+                f"attempt {self.attempts} of {self.request_id} goes on from {len(outputs)} tokens; "
+                f"the client has {len(self.tokens)}"
+            )
+
     def take(self, output: TokenOutput) -> None:
         """A token. Raises Violation unless it is the right one at the right time."""
         self._still_open(f"token {output.index}")

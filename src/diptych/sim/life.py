@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from diptych.core import actions as do
 from diptych.core import events as on
+from diptych.core.blocks import BlockId
 from diptych.core.errors import EngineCorrupt, ServingError
 from diptych.core.fleet import Epoch, WorkerState, WorkerStats, WorkerView
 from diptych.core.kv_layout import LayerTransfer, PrivateMemory
@@ -22,7 +23,7 @@ from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool
 from diptych.policy.worker import WorkerPolicy
 from diptych.sim import frames, messages
-from diptych.sim.checks import check_over, check_step, check_tickets
+from diptych.sim.checks import check_grant, check_over, check_step, check_tickets
 from diptych.sim.kernel import Process
 from diptych.sim.network import End, Pipe
 from diptych.sim.push_link import PushLink
@@ -32,9 +33,7 @@ from diptych.sim.scenario import FaultKind, Spoil, WorkerSpec
 if TYPE_CHECKING:
     from diptych.sim.world import World
 
-POST_SECONDS = 1e-4  # from a thread of the data plane to the loop
 TICK_SECONDS = 1.0
-HANDOFF_TIMEOUT = 10.0
 
 
 class Segments:
@@ -79,9 +78,10 @@ class Life:
         pool = BlockPool(spec.num_blocks, self.engine.layout.block_size)
         limits = BatchLimits(scenario.max_batch_tokens, scenario.max_sequences)
         eos = self.engine.model.eos_token_ids
-        self.policy = WorkerPolicy(self.engine.layout, pool, limits, eos, handoff_timeout=HANDOFF_TIMEOUT)
+        self.policy = WorkerPolicy(self.engine.layout, pool, limits, eos, handoff_timeout=scenario.handoff_timeout)
         self.receiver = Receiver(self)
         self.reading: dict[int, tuple[str, set[int]]] = {}  # what queued pushes still have to read
+        self.salts: dict[BlockId, str] = {}  # whose pages they are: of which tenant
         self._readings = count()
         self._step_running = False  # the engine computes
         self._in_flight = False  # policy waits for the outcome of a step
@@ -126,7 +126,7 @@ class Life:
 
     def post(self, event: on.WorkerEvent) -> None:
         """Hand an event over from a thread of the data plane or the engine."""
-        self.world.kernel.after(POST_SECONDS, lambda: self.process.run(lambda: self.handle(event)))
+        self.world.kernel.after(self.world.scenario.post_seconds, lambda: self.process.run(lambda: self.handle(event)))
 
     def handle(self, event: on.WorkerEvent) -> None:
         """One event: decide, do, check."""
@@ -245,6 +245,7 @@ class Life:
             nonce=self.world.rng.randbytes(16),
         )
         self.receiver.expect(claims)
+        check_grant(self, claims)
         ticket = self.world.minted(claims)
         self._to_router(on.TicketGranted(self.worker_id, claims.request_id, ticket, grant.num_cached_tokens))
 

@@ -170,7 +170,8 @@ class Router:
                 raise TypeError(f"the router cannot {action}")
 
     def _attempt(self, attempt_id: str, how: str, outputs: tuple[int, ...]) -> None:
-        self.world.client_of(attempt_id).attempts += 1
+        client = self.world.client_of(attempt_id)
+        client.begin_attempt(outputs)
         self.world.tell("{} {}, from token {} on", attempt_id, how, len(outputs))
 
     def _order(self, worker_id: WorkerId, attempt_id: str, message: object) -> None:

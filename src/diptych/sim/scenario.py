@@ -86,6 +86,8 @@ class Scenario:
     cost: StepCost
     latency: float  # seconds, of a message
     report_seconds: float  # how long a change of load may wait before it is reported
+    post_seconds: float  # from a thread of a worker to its loop
+    handoff_timeout: float
     max_batch_tokens: int
     max_sequences: int
 
@@ -110,6 +112,8 @@ def draw(seed: int) -> Scenario:
         ),
         cost=StepCost(step=step, token=step / 20),
         latency=rng.choice((0.0005, 0.005, 0.1)),
+        post_seconds=rng.choice((1e-4, 1e-4, 0.02)),
+        handoff_timeout=max(10.0, 100 * step),
         report_seconds=rng.choice((0.02, 0.3, 1.0)),
         max_batch_tokens=rng.choice((8, 16, 64)),
         max_sequences=rng.choice((2, 4, 6)),
@@ -119,6 +123,8 @@ def draw(seed: int) -> Scenario:
 def _workers(rng: random.Random) -> tuple[WorkerSpec, ...]:
     roles = [Role.PREFILL] * rng.choice((1, 1, 2, 3)) + [Role.DECODE] * rng.choice((1, 1, 2, 3))
     roles += [Role.MIXED] * rng.choice((0, 0, 1, 2))
+    if rng.random() < 0.1:
+        roles = [Role.MIXED] * rng.choice((1, 2, 3))
     hosts = rng.choice((("a",), ("a", "b")))
     smallest = MAX_MODEL_LEN // BLOCK_SIZE + 1  # the shells refuse less than one request of full length
     num_blocks = rng.choice((smallest, smallest + 3, 24, 48))
@@ -154,7 +160,7 @@ def _fault(rng: random.Random, names: list[str], span: float) -> Fault:
     kind = rng.choice(_KINDS)
     worker = rng.choice(("", rng.choice(names)))
     others = [name for name in names if name != worker]
-    if kind is not FaultKind.DISORDER:
+    if kind is not FaultKind.DISORDER or not others:
         others.append("router")
     return Fault(
         kind=kind,
