@@ -90,6 +90,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     key_file: Annotated[Path | None, Option(help="Secret that they share with this server; made if missing.")] = None,
     tls: Tls = False,
     advertise: Advertise = None,
+    grace_seconds: Annotated[float, Option(min=0, help="For running requests, after SIGTERM.")] = 30.0,
     journal: Annotated[Path | None, Option(help="Directory for a record of every decision (JSONL).")] = None,
     config: Config = None,
 ) -> None:
@@ -122,6 +123,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
         join=None
         if listen is None or key_file is None
         else composition.JoinPoint(address=listen, key_file=key_file, tls=tls, advertise=advertise),
+        grace_seconds=grace_seconds,
         journal=journal,
     )
     composition.run(settings)

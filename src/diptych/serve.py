@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator
@@ -31,6 +30,7 @@ from diptych.policy.admission import AdmissionLimits
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.router.dispatch import FleetCallbacks, Router
+from diptych.signals import OperatorSignals
 from diptych.startup import Screen
 from diptych.telemetry.journal import open_journal
 from diptych.wire import messages
@@ -123,6 +123,7 @@ class ServeSettings:
     batch: BatchSettings = field(default_factory=BatchSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     join: JoinPoint | None = None
+    grace_seconds: float = 30.0  # for running requests, once it is told to end
     journal: Path | None = None
 
     def __post_init__(self) -> None:
@@ -155,7 +156,9 @@ def served_name(model: str) -> str:
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ConfigError if it cannot start."""
+    """Serve until SIGINT (at once) or SIGTERM (no new requests, and `grace_seconds` for those that run; a second
+    signal ends it at once). SIGHUP restarts every worker, one after another, except in a terminal, where it says that
+    the terminal is gone. Raises ConfigError if it cannot start."""
     import uvloop
 
     uvloop.run(_serve(settings))
@@ -166,26 +169,29 @@ class _Fleet:
     """Router and workers while they run. `started` ends when all workers have registered once."""
 
     router: Router
+    workers: LocalFleet
     screen: Screen
     started: asyncio.Task[Any]
     failed: asyncio.Future[Any]
 
 
 async def _serve(settings: ServeSettings) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, stop.set)
-    stopping = asyncio.create_task(stop.wait())
+    signals = OperatorSignals()
+    draining, stopping = asyncio.create_task(signals.drain.wait()), asyncio.create_task(signals.stop.wait())
     sock = bind(settings.http.host, settings.http.port)  # before the workers load: a port in use is known at once
     async with _fleet(settings) as fleet:
-        await asyncio.wait({fleet.started, fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({fleet.started, fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
         if fleet.failed.done():
             raise fleet.failed.result()
-        if not stop.is_set():
+        if not signals.drain.is_set():
+            signals.on_hangup(fleet.workers.restart_each)
             async with _front(settings, fleet, sock):
-                await asyncio.wait({fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
+                drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
+                await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                drained.cancel()
         fleet.screen.stopping()
+    draining.cancel()
     stopping.cancel()
 
 
@@ -244,7 +250,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
             waiting = asyncio.create_task(started.wait())
             tasks.append(waiting)
             with screen:
-                yield _Fleet(router, screen, waiting, workers.failed)
+                yield _Fleet(router, workers, screen, waiting, workers.failed)
         finally:
             router.shutdown()
             await workers.stop()
@@ -282,6 +288,7 @@ def _worker_settings(
             cache=settings.cache,
             batch=settings.batch,
             cpu=cpu,
+            grace=settings.grace_seconds,
             journal=_journal_path(settings, worker_id),
         )
         for (worker_id, role), cpu in zip(roles.items(), cpus, strict=True)

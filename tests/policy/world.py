@@ -169,13 +169,22 @@ class World:
         queue.extend(kept)
 
     def step(self) -> bool:
-        """Deliver one message; False if none is under way."""
+        """Deliver one message or, if none is under way, let time pass. False if nothing is left to happen."""
         busy = [key for key, queue in self.queues.items() if queue]
         if not busy:
-            return False
+            return self.pass_time()
         self.now += 0.001
         _, deliver = self.queues[self.random.choice(busy)].popleft()
         deliver()
+        return True
+
+    def pass_time(self) -> bool:
+        """To when the router has planned something, or by a second if somebody waits; False if there is neither."""
+        wake_at = self.router.wake_at(self.now)
+        if wake_at is None and not self.router.live:
+            return False
+        self.now = self.now + 1.0 if wake_at is None else wake_at
+        self.route(on.Tick())
         return True
 
     def run(self, limit: int = 100_000) -> None:
@@ -189,7 +198,7 @@ class World:
         self.tokens[request.request_id] = []
         self.route(on.RequestSubmitted(request))
         live = self.router.live.get(request.request_id)
-        if live is not None:
+        if live is not None and live.route is not None:
             self.routes[request.request_id] = live.route.header()
 
     def kill(self, name: str) -> None:

@@ -79,17 +79,21 @@ def test_a_worker_that_hangs_is_replaced(server: Server) -> None:
     check_recovery(server, "decode-0", worker["epoch"])
 
 
-def test_with_every_worker_dead_a_stream_ends_with_an_error() -> None:
-    with serving(*SCRIPTED, "--mixed", "1") as alone:
-        with alone.stream(PROMPT, "local", max_tokens=2000) as stream:
+def test_with_every_worker_dead_streams_wait_and_newcomers_are_told_to() -> None:
+    with serving(*SCRIPTED) as server:
+        with server.stream(PROMPT, "split", max_tokens=400) as stream:
             token_ids = [next(stream.token_ids) for _ in range(5)]
-            epoch = kill(alone, "mixed-0")
+            epochs = {name: kill(server, name) for name in ("prefill-0", "decode-0")}
+            soon(lambda: all(worker["state"] != "ready" for worker in server.fleet().values()), "it is noticed")
+            refused = server.http.post("/v1/completions", json=server.body(PROMPT, max_tokens=1))
+            if refused.status_code != 200:  # else they have come back already
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")
+                assert int(refused.headers["retry-after"]) > 0
             token_ids += stream.token_ids
-        assert token_ids == expected_tokens(PROMPT, len(token_ids))
-        assert not stream.done
-        assert stream.error is not None
-        assert (stream.error["code"], stream.error["type"]) == ("worker_lost", "server_error")
-        soon(lambda: alone.fleet()["mixed-0"]["epoch"] > epoch, "it comes back")
+        assert stream.done
+        assert token_ids == expected_tokens(PROMPT, 400)
+        for name, epoch in epochs.items():
+            check_recovery(server, name, epoch)
 
 
 def test_local_requests_are_served_while_there_is_no_prefill_worker(server: Server) -> None:

@@ -56,7 +56,8 @@ class Request:
     """One validated stream to serve.
 
     `cache_salt` opens a separate prefix-cache namespace (a tenant): blocks are only shared among
-    requests of equal salt.
+    requests of equal salt. `timeout` (seconds from arrival to the last token) is the client's own deadline, if it
+    is less than the router's.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prefer: Preference = Preference.AUTO
     cache_salt: str = ""
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

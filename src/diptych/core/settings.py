@@ -85,7 +85,7 @@ class WorkerSettings:
     """`router` is the address to join, `key` the fleet's secret, `run_dir` where sockets live.
 
     `data_host` is this machine's address for pages that come over TCP, encrypted with `tls`; None means the
-    address from which it reaches the router.
+    address from which it reaches the router. `grace` is how long (s) it may take to leave once it is told to.
     """
 
     worker_id: WorkerId
@@ -101,4 +101,5 @@ class WorkerSettings:
     cache: CacheSettings = field(default_factory=CacheSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     cpu: CpuSettings = field(default_factory=CpuSettings)
+    grace: float = 30.0
     journal: str | None = None  # file for a JSONL record of events and actions

@@ -73,12 +73,22 @@ class Routing:
             prefillers = [worker for worker in ready if worker.role is Role.PREFILL]
             if not prefillers and demand.prefer is Preference.SPLIT:
                 prefillers = ready
-            split = [
-                option
-                for option in self._pairs(demand, prefillers, decoders, loads)
-                if (option.route.prefill, option.route.decode) not in avoid
-            ]
+            split = self._pairs(demand, prefillers, decoders, loads, avoid)
         options = split if split and demand.prefer is Preference.SPLIT else local + split
+        return min(options, key=lambda option: option.seconds, default=None)
+
+    def onward(
+        self,
+        demand: Demand,
+        source: WorkerView,
+        workers: Sequence[WorkerView],
+        loads: Mapping[WorkerId, WorkerLoad],
+        avoid: Collection[tuple[WorkerId, WorkerId]] = (),
+    ) -> ScoredRoute | None:
+        """Where the worker that has a log's KV, and is about to leave, hands it over best."""
+        others = [worker for worker in workers if worker.worker_id != source.worker_id]
+        targets = [worker for worker in others if worker.role is not Role.PREFILL] or others
+        options = self._pairs(demand, [source], targets, loads, avoid)
         return min(options, key=lambda option: option.seconds, default=None)
 
     def _pairs(
@@ -87,12 +97,15 @@ class Routing:
         prefillers: Sequence[WorkerView],
         decoders: Sequence[WorkerView],
         loads: Mapping[WorkerId, WorkerLoad],
+        avoid: Collection[tuple[WorkerId, WorkerId]],
     ) -> list[ScoredRoute]:
         pairs = []
         for prefill in prefillers:
             for decode in decoders:
                 transport = self.transport(prefill, decode)
-                if prefill.worker_id != decode.worker_id and transport is not None:
+                if prefill.worker_id == decode.worker_id or (prefill.worker_id, decode.worker_id) in avoid:
+                    continue
+                if transport is not None:
                     seconds = self._split_seconds(demand, prefill, decode, loads)
                     pairs.append(ScoredRoute(Route(decode.worker_id, prefill.worker_id, transport), seconds))
         return pairs

@@ -99,9 +99,13 @@ class FleetRegistry:
     def add(self, link: WorkerLink) -> None:
         self.links[link.worker_id] = link
 
+    def has(self, link: WorkerLink) -> bool:
+        """Whether this life of the worker is the present one."""
+        return self.links.get(link.worker_id) is link
+
     def remove(self, link: WorkerLink) -> bool:
         """Drop a link. False if a newer life of the worker has taken its place (or it is gone)."""
-        if self.links.get(link.worker_id) is not link:
+        if not self.has(link):
             return False
         del self.links[link.worker_id]
         return True
@@ -109,6 +113,11 @@ class FleetRegistry:
     def draining(self) -> list[WorkerLink]:
         """Workers that want to leave."""
         return [link for link in self.links.values() if link.state is WorkerState.DRAINING]
+
+    def excuse(self, now: float) -> None:
+        """Nobody's silence so far counts."""
+        for link in self.links.values():
+            link.last_heard = now
 
     def silent(self, now: float) -> list[WorkerLink]:
         """Workers that have not been heard of for too long."""

@@ -9,7 +9,7 @@ from diptych.core.errors import DiptychError
 from diptych.core.fleet import Route
 from diptych.core.request import TokenOutput
 from diptych.core.timeline import Timeline
-from diptych.policy.dispatch import LiveRequest
+from diptych.policy.live_request import LiveRequest
 
 
 class RequestStream:
@@ -26,6 +26,9 @@ class RequestStream:
 
     @property
     def route(self) -> Route:
+        """Raises ValueError before the first attempt (a request may have to wait for one)."""
+        if self._live.route is None:
+            raise ValueError("the request has not been routed yet")
         return self._live.route
 
     @property

@@ -2,7 +2,7 @@
 
 1. connect to the router, load the engine (telling the router how far it is), take the KV memory
 2. say what is here; a refusal ends the process with the reason
-3. serve until told to shut down, until SIGTERM, or until the router is gone
+3. serve until told to shut down, until a signal (`worker.departure`), or until the router is gone
 
 This is the life of a worker that `fleet.local` supervises; `worker.joining` makes several of it.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
-import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -36,6 +36,7 @@ from diptych.wire import messages
 from diptych.wire.channel import Channel, connect
 from diptych.wire.tickets import open_ticket
 from diptych.worker.data_plane import DataPlane, share_kv
+from diptych.worker.departure import Departure
 from diptych.worker.host import host_identity
 from diptych.worker.loop import WorkerLoop
 
@@ -67,14 +68,11 @@ class End(Enum):
 
 async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> None:
     """Live one worker's life. Returns at an orderly end; raises DiptychError with the reason otherwise."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+    departure = Departure()
     channel = await connect(settings.router, settings.key, messages.ToWorker)
     loaded = await load_engine(settings, load, channel)
     with contextlib.closing(loaded.engine):
-        await serve(settings, loaded, channel, stop.wait)
+        await serve(settings, loaded, channel, functools.partial(departure.take, channel, settings.grace))
 
 
 async def load_engine(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: RouterChannel) -> Loaded:
