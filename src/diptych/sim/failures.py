@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diptych.core.fleet import WorkerState
-from diptych.policy.recovery import FAILED_HANDOFFS, LOST_WORKER, MAX_ATTEMPTS
+from diptych.policy.deadlines import TOTAL_TIMEOUT, Wait
+from diptych.policy.recovery import POISON, POISON_CRASHES
 from diptych.sim.clients import Client
 from diptych.sim.violation import Violation
 
@@ -20,7 +21,7 @@ Allowed = Callable[["World", Client], bool]
 
 
 def _engine_at_fault(world: World, client: Client) -> bool:
-    """An engine was made to fail a step that the request was part of."""
+    """An engine was made to find no finite numbers for it."""
     return client.engine_faults > 0
 
 
@@ -29,23 +30,22 @@ def _nobody_ready(world: World, client: Client) -> bool:
     return all(view.state is not WorkerState.READY for view in world.router.policy.workers.values())
 
 
-def _attempts_used_up(world: World, client: Client) -> bool:
-    """It has been tried as often as a request may be."""
-    return client.attempts >= MAX_ATTEMPTS
+def _many_died(world: World, client: Client) -> bool:
+    """As many workers died, or seemed to, as make a request suspect."""
+    return world.losses >= POISON_CRASHES
 
 
-def _outgrew_the_pool(world: World, client: Client) -> bool:
-    """No: pools hold every request of full length (`worker.main` sees to that)."""
-    return False
+def _clock_leapt(world: World, client: Client) -> bool:
+    """For the router, it has waited for longer than anybody may."""
+    return world.router.clock_ahead > 0
 
 
 ALLOWED: dict[str, tuple[Allowed, ...]] = {
     "engine_corrupt": (_engine_at_fault,),
-    "engine_failed": (_engine_at_fault,),
     "no_worker": (_nobody_ready,),
-    "kv_exhausted": (_outgrew_the_pool,),
-    LOST_WORKER: (_nobody_ready, _attempts_used_up),
-    **dict.fromkeys(sorted(FAILED_HANDOFFS), (_attempts_used_up, _nobody_ready)),
+    POISON: (_many_died,),
+    TOTAL_TIMEOUT: (_clock_leapt,),
+    **{wait.code: (_clock_leapt,) for wait in Wait},
 }
 
 

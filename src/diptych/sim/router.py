@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SILENCE_SECONDS = 5.0  # as in router.fleet
 BEAT_SECONDS = 1.0
+RESTLESS_SECONDS = 20.0  # after the last event but beats, no deadline is left that beats could find to have passed
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +47,9 @@ class Router:
         self.links: dict[WorkerId, Link] = {}
         self.clock_ahead = 0.0
         self._ended: list[Client] = []  # in the event at hand
+        self._restless_until = 0.0
+        self._beat_due = False
+        self._wake_at: float | None = None
 
     def cancel(self, client: Client) -> None:
         """The client goes away."""
@@ -104,6 +108,7 @@ class Router:
             del self.links[link.life.worker_id]
             link.down.end()
             self.world.tell("the router loses {}: it {}", link.life.name, how)
+            self.world.losses += 1
             self.handle(on.WorkerGone(link.life.worker_id))
 
     def watch(self, worker_id: WorkerId) -> None:
@@ -122,6 +127,8 @@ class Router:
 
     def _check_silence(self, link: Link, since: float) -> None:
         if link.silent_since == since and self.links.get(link.life.worker_id) is link:
+            link.state = WorkerState.LOST
+            self.handle(on.WorkerUpdated(link.view()))
             self._lost(link, "has fallen silent")
             self.world.on_silent(link.life)
 
@@ -136,10 +143,34 @@ class Router:
             if link.state is WorkerState.DRAINING and not self.policy.is_needed(link.life.worker_id):
                 link.state = WorkerState.LOST
                 link.down.send(messages.Shutdown())
+        if not isinstance(event, on.Tick):
+            self._restless_until = self.world.kernel.now + RESTLESS_SECONDS
+        self._plan_ticks()
         while self._ended:
             client = self._ended.pop()
             for worker_id in client.workers:
                 self._send(worker_id, messages.Over(client.request_id))
+
+    def _plan_ticks(self) -> None:
+        """A beat a second, and one when policy has planned something."""
+        kernel = self.world.kernel
+        if not self._beat_due and (self.policy.live or kernel.now < self._restless_until):
+            self._beat_due = True
+            kernel.after(BEAT_SECONDS, self._beat)
+        now = kernel.now + self.clock_ahead
+        wake_at = self.policy.wake_at(now)
+        if wake_at is not None and wake_at != self._wake_at:
+            self._wake_at = wake_at
+            kernel.after(wake_at - now, lambda: self._wake(wake_at))
+
+    def _beat(self) -> None:
+        self._beat_due = False
+        self.handle(on.Tick())
+
+    def _wake(self, planned: float) -> None:
+        if self._wake_at == planned:
+            self._wake_at = None
+            self.handle(on.Tick())
 
     def _perform(self, action: do.RouterAction) -> None:
         match action:
@@ -171,12 +202,15 @@ class Router:
 
     def _attempt(self, attempt_id: str, how: str, outputs: tuple[int, ...]) -> None:
         client = self.world.client_of(attempt_id)
-        client.begin_attempt(outputs)
+        if client is not None:
+            client.begin_attempt(outputs)
         self.world.tell("{} {}, from token {} on", attempt_id, how, len(outputs))
 
     def _order(self, worker_id: WorkerId, attempt_id: str, message: object) -> None:
         """Have a worker begin with something."""
-        self.world.client_of(attempt_id).workers.add(worker_id)
+        client = self.world.client_of(attempt_id)
+        if client is not None:
+            client.workers.add(worker_id)
         self._send(worker_id, message)
 
     def _send(self, worker_id: WorkerId, message: object) -> None:

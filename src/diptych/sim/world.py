@@ -56,6 +56,7 @@ class World:
         self.lives: dict[str, Life] = {}
         self.router = Router(self)
         self.outcome = Outcome(scenario)
+        self.losses = 0  # of workers, to the router
         self._tickets: dict[bytes, TicketClaims] = {}
         self._last_epoch: Epoch = 0
         self._healed_at = 0.0
@@ -124,16 +125,17 @@ class World:
             client.cancelled = True
         self.router.cancel(client)
 
-    def client_of(self, attempt_id: str) -> Client:
-        """Whose stream an attempt is about. (Attempts after the first are called ID~NUMBER.)"""
-        return self.clients[attempt_id.partition("~")[0]]
+    def client_of(self, attempt_id: str) -> Client | None:
+        """Whose stream an attempt is about; None for a canary. (Attempts after the first are called ID~NUMBER.)"""
+        return self.clients.get(attempt_id.partition("~")[0])
 
     def hit(self, attempt_ids: Iterable[str], life: Life) -> None:
         """A fault of an engine concerns these."""
         names = list(attempt_ids)
         life.tell("has an engine fault in a step with {}", ", ".join(names))
-        for attempt_id in names:
-            self.client_of(attempt_id).engine_faults += 1
+        for client in map(self.client_of, names):
+            if client is not None:
+                client.engine_faults += 1
 
     # tickets
 
