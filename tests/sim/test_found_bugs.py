@@ -7,7 +7,7 @@ from diptych.core.events import RequestSubmitted, TicketGranted, TokensMade, Wor
 from diptych.core.fleet import Role, WorkerState, WorkerView
 from diptych.core.request import Preference, Request, SampledToken, TokenOutput
 from diptych.policy.dispatch import RouterPolicy
-from diptych.policy.routing import Routing
+from diptych.policy.routing import Demand, Routing, WorkerLoad
 
 
 def view(worker_id: str, role: Role) -> WorkerView:
@@ -31,3 +31,14 @@ def test_a_prefill_worker_that_is_lost_with_the_first_token_is_missed() -> None:
     actions = router.handle(WorkerGone("p"), 0.3)
     assert actions, "the stream would wait for its first token for ever"
     assert not any(isinstance(action, DeliverFailure) for action in actions)
+
+
+def test_two_workers_do_not_keep_their_blocks_for_each_other() -> None:
+    """Each of two mixed workers had kept its blocks for pages that the other was to send, and so had none left to
+    compute those that it was to send itself: both waited until the deadline of the hand-off."""
+    fleet = [view("m0", Role.MIXED), view("m1", Role.MIXED), view("m2", Role.MIXED)]
+    for loads in ({}, {"m0": WorkerLoad(9999, 9)}, {"m1": WorkerLoad(9999, 9)}, {"m2": WorkerLoad(9999, 9)}):
+        choice = Routing().choose(Demand(1024, {}, Preference.SPLIT), fleet, loads)
+        assert choice is not None
+        assert choice.route.prefill is not None
+        assert choice.route.prefill < choice.route.decode
