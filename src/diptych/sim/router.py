@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SILENCE_SECONDS = 5.0  # as in router.fleet
 BEAT_SECONDS = 1.0
-RESTLESS_SECONDS = 20.0  # after the last event but beats, no deadline is left that beats could find to have passed
+CANARY_SECONDS = 12.0  # a canary has ended by then, if only by its deadline
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +47,7 @@ class Router:
         self.links: dict[WorkerId, Link] = {}
         self.clock_ahead = 0.0
         self._ended: list[Client] = []  # in the event at hand
-        self._restless_until = 0.0
+        self._canary_until = 0.0
         self._beat_due = False
         self._wake_at: float | None = None
 
@@ -143,8 +143,6 @@ class Router:
             if link.state is WorkerState.DRAINING and not self.policy.is_needed(link.life.worker_id):
                 link.state = WorkerState.LOST
                 link.down.send(messages.Shutdown())
-        if not isinstance(event, on.Tick):
-            self._restless_until = self.world.kernel.now + RESTLESS_SECONDS
         self._plan_ticks()
         while self._ended:
             client = self._ended.pop()
@@ -152,9 +150,9 @@ class Router:
                 self._send(worker_id, messages.Over(client.request_id))
 
     def _plan_ticks(self) -> None:
-        """A beat a second, and one when policy has planned something."""
+        """A beat a second while anybody waits for anything, and one when policy has planned something."""
         kernel = self.world.kernel
-        if not self._beat_due and (self.policy.live or kernel.now < self._restless_until):
+        if not self._beat_due and (self.policy.live or kernel.now < self._canary_until):
             self._beat_due = True
             kernel.after(BEAT_SECONDS, self._beat)
         now = kernel.now + self.clock_ahead
@@ -211,6 +209,8 @@ class Router:
         client = self.world.client_of(attempt_id)
         if client is not None:
             client.workers.add(worker_id)
+        else:
+            self._canary_until = self.world.kernel.now + CANARY_SECONDS
         self._send(worker_id, message)
 
     def _send(self, worker_id: WorkerId, message: object) -> None:
