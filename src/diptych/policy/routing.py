@@ -73,7 +73,8 @@ class Routing:
             prefillers = [worker for worker in ready if worker.role is Role.PREFILL]
             if not prefillers and demand.prefer is Preference.SPLIT:
                 prefillers = ready
-            split = self._pairs(demand, prefillers, decoders, loads, avoid)
+            backward = {(p.worker_id, d.worker_id) for p in prefillers for d in decoders if not _forward(p, d)}
+            split = self._pairs(demand, prefillers, decoders, loads, backward.union(avoid))
         options = split if split and demand.prefer is Preference.SPLIT else local + split
         return min(options, key=lambda option: option.seconds, default=None)
 
@@ -147,3 +148,13 @@ class Routing:
         """Waiting for blocks: as long as decoding the missing tokens out of the way takes."""
         missing = demand.num_tokens - worker.blocks_free * worker.block_size
         return max(0, missing) * self._cost.decode_seconds(worker, 1)
+
+
+_DOWNSTREAM = (Role.PREFILL, Role.MIXED, Role.DECODE)
+
+
+def _forward(prefill: WorkerView, decode: WorkerView) -> bool:
+    """KV flows one way through the fleet. Else two workers could each keep blocks for pages of the other, and so have
+    none left to compute those: both would wait until a deadline."""
+    source = (_DOWNSTREAM.index(prefill.role), prefill.worker_id)
+    return source < (_DOWNSTREAM.index(decode.role), decode.worker_id)
