@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diptych.chaos import failpoints
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, is_worker_id
 from diptych.core.settings import BatchSettings, CacheSettings, CpuSettings, EngineSettings, WorkerSettings
@@ -44,6 +45,7 @@ def run(settings: JoinSettings) -> None:
     cores = tuple(sorted(os.sched_getaffinity(0)))
     os.environ.update(thread_environment(len(cores)))
     worker = worker_settings(settings, CpuSettings(cores=cores, threads=len(cores)))
+    failpoints.arm(worker.worker_id, 1)
     asyncio.run(run_joined(worker, lambda progress: load_engine(worker, progress), settings.patience))
 
 

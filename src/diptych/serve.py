@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diptych.chaos import failpoints
+from diptych.chaos.failpoints import failpoint
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, WorkerId
@@ -158,6 +160,7 @@ def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM. Raises ConfigError if it cannot start."""
     import uvloop
 
+    failpoints.arm("router", 1)
     uvloop.run(_serve(settings))
 
 
@@ -186,6 +189,7 @@ async def _serve(settings: ServeSettings) -> None:
             async with _front(settings, fleet, sock):
                 await asyncio.wait({fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
         fleet.screen.stopping()
+        failpoint("router.ending")
     stopping.cancel()
 
 

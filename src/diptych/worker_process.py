@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 
+from diptych.chaos import failpoints
 from diptych.core.errors import ConfigError
 from diptych.core.ports import Engine
 from diptych.core.settings import EngineSettings, WorkerSettings
@@ -14,6 +15,7 @@ from diptych.worker.main import OnProgress, run_worker
 
 def run(settings: WorkerSettings) -> None:
     """Serve until told to end. Raises DiptychError if it cannot start."""
+    failpoints.arm(settings.worker_id, settings.epoch)
     if settings.cpu.cores:
         os.sched_setaffinity(0, settings.cpu.cores)
     asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))

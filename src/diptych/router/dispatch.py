@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbortOn,
     Deliver,
@@ -100,6 +101,7 @@ class Router:
             raise next(action.error for action in actions if isinstance(action, DeliverFailure))
         stream = RequestStream(live, self._cancel)
         self._streams[request.request_id] = stream
+        failpoint("request.admitted")
         for action in actions:
             self._perform(action)
         return stream
@@ -277,6 +279,8 @@ class Router:
     def _deliver(self, request_id: str, item: TokenOutput | DiptychError, *, last: bool) -> None:
         stream = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
         if stream is not None:
+            if last:
+                failpoint("stream.ending")
             stream.put(item)
 
     def _start_prefill(self, start: StartPrefill) -> None:

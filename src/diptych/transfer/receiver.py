@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.blocks import BlockId
 from diptych.core.errors import HandshakeError, PeerError, ProtocolError, TicketError, TransferError
 from diptych.core.events import HandoffComplete, HandoffFailed, WriterGone
@@ -260,6 +261,7 @@ class _Peer:
             self._receive(frame.layer, blocks)
         if layer_digests(self._target.memory, frame.layer, blocks) == frame.digests:
             self._book.mark(ticket, frame)
+            failpoint("receive.pages_verified")
         else:
             self._book.count("corrupt pages")
             self._fail(ticket, TransferError(f"pages of layer {frame.layer} are corrupt", code="kv_corrupt"))
@@ -284,6 +286,7 @@ class _Peer:
             return
         if complete:
             self._report(HandoffComplete(frame.request_id, frame.token, frame.payload))
+            failpoint("receive.complete")
             self.tell(frames.Accepted(frame.request_id, frame.nonce))
 
     def _stopped(self, request_id: str, nonce: bytes) -> None:

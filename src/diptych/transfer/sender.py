@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.errors import HandshakeError, PeerError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint, WorkerId
@@ -238,6 +239,7 @@ class PushLink:
                 pages = frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, first_block, digests, nbytes)
                 self._connected().send(pages, payload)
                 first_block += pages.num_blocks
+            failpoint("push.layer_sent")
 
     def _frames(self, ranges: Ranges) -> list[list[Piece]]:
         """What goes into each frame. All layers of a plan share their ranges, which are cut once."""
@@ -263,6 +265,7 @@ class PushLink:
         if not push.over:
             claims = push.claims
             self._connected().send(frames.Close(claims.request_id, claims.nonce, claims.epoch, token, payload))
+            failpoint("push.close_sent")
 
     def _send_stopped(self, push: _Push) -> None:
         claims = push.claims
@@ -310,6 +313,7 @@ class PushLink:
         elif isinstance(answer, frames.Go):
             push.go.set()
         elif isinstance(answer, frames.Accepted):
+            failpoint("push.accepted")
             self._report(PushAccepted(answer.request_id))
         elif isinstance(answer, frames.Rejected):
             self._stop_push(push)
