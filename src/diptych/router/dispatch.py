@@ -225,8 +225,10 @@ class Router:
         """Watch the fleet for as long as the task lives."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            self._last_beat = self._clock.now()
-            self.check_silence()
+            now, last = self._clock.now(), self._last_beat
+            self._last_beat = now
+            if now - last < 2 * BEAT_SECONDS:  # else it was us who slept, and what workers said has yet to be read
+                self.check_silence()
 
     def check_silence(self) -> None:
         """Workers that have not been heard of for too long are lost."""
