@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 
 from diptych.chaos import failpoints
@@ -18,7 +19,12 @@ def run(settings: WorkerSettings) -> None:
     failpoints.arm(settings.worker_id, settings.epoch)
     if settings.cpu.cores:
         os.sched_setaffinity(0, settings.cpu.cores)
-    asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
+    parent = os.getppid()
+    try:
+        asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
+    finally:
+        if os.getppid() != parent:  # the router was killed, and can clear up nothing
+            shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 
 def load_engine(settings: WorkerSettings, on_progress: OnProgress) -> Engine:

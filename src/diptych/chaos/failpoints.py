@@ -55,10 +55,10 @@ class _Armed:
     more: bool
     _hits: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # `next` is atomic; threads share it
 
-    def reach(self) -> None:
+    def is_due(self) -> bool:
+        """Count one hit."""
         number = next(self._hits)
-        if number == self.hit or (self.more and number > self.hit):
-            self.act()
+        return number == self.hit or (self.more and number > self.hit)
 
 
 _armed: dict[str, list[_Armed]] = {}
@@ -67,8 +67,8 @@ _armed: dict[str, list[_Armed]] = {}
 def failpoint(name: str) -> None:
     """The process is at this place now. Does nothing unless the failpoint is armed here."""
     if _armed:
-        for armed in _armed.get(name, ()):
-            armed.reach()
+        for armed in [armed for armed in _armed.get(name, ()) if armed.is_due()]:
+            armed.act()
 
 
 def arm(process: str, life: int, text: str | None = None) -> None:

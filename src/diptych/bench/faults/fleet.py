@@ -87,7 +87,7 @@ class End(StrEnum):
 
 @dataclass(slots=True)
 class Answer:
-    """One request and what has come of it so far. `times` are of its tokens, in monotonic seconds."""
+    """One request and what has come of it so far. `times` (monotonic seconds): when it was sent, then of each token."""
 
     prompt: list[int]
     max_tokens: int
@@ -98,7 +98,8 @@ class Answer:
     code: str = ""  # of an error
 
     @property
-    def longest_pause(self) -> float:
+    def longest_wait(self) -> float:
+        """For the first token, or between two tokens; seconds."""
         return max((later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)), default=0.0)
 
     def judge(self, *, done: bool, code: str) -> None:
@@ -253,6 +254,7 @@ class Fleet:
         }
         headers = {} if answer.prefer == "auto" else {"x-diptych-prefer": answer.prefer}
         done, code = False, ""
+        answer.times.append(time.monotonic())
         try:
             async with self.session.post("/v1/completions", json=body, headers=headers) as response:
                 if response.status != 200:

@@ -7,8 +7,8 @@ are running; another begins; and when a process reaches the named phase it is he
 the victim has got its signal. Then everything must come right:
 
 - a worker as victim: every answer has the tokens of the undisturbed run, the worker comes back in a new life;
-- the router as victim: every answer is exact or ends with an error or a broken connection, its processes end, and
-  after a new start the retried requests are exact; a frozen router goes on where it was;
+- the router as victim: every answer is exact or ends with an error or a broken connection (after TERM: none that had
+  begun), its processes end, and after a new start the retried requests are exact; a frozen router goes on;
 - always: ready again within a bound, no KV block in use when all is done, nothing left after the end.
 
 STOP freezes a worker for good (its silence is noticed, and it is killed), and the router for a while.
@@ -241,6 +241,8 @@ class _Case:
             raise Violation(f"exit status {status}")
         await asyncio.gather(*self._tasks)
         self._check_answers(End.EXACT, End.ERROR, End.CUT)
+        if self._cell.signum is signal.SIGTERM and self._cell.phase.role != "victim":
+            self._check_nothing_cut()
         await until(lambda: not processes.still_alive(self._fleet.family), "its workers end", RECOVERY_SECONDS)
         await self._start_again()
 
@@ -262,10 +264,15 @@ class _Case:
         if any(answer.end not in allowed for answer in self._answers):
             raise Violation(f"answers: {_ends(self._answers)}")
 
+    def _check_nothing_cut(self) -> None:
+        """What had begun to be answered was answered to its end."""
+        if any(answer.token_ids and answer.end is not End.EXACT for answer in self._answers):
+            raise Violation(f"answers: {_ends(self._answers)}")
+
     def summary(self) -> str:
         """In a few words: how the answers ended, the longest pause in one, and when the victim was back."""
         words = [_ends(self._answers) or "nothing asked"]
-        words.append(f"pause {max((answer.longest_pause for answer in self._answers), default=0.0):.1f} s")
+        words.append(f"longest wait {max((answer.longest_wait for answer in self._answers), default=0.0):.1f} s")
         if self._back_after is not None:
             words.append(f"back after {self._back_after:.1f} s")
         return ", ".join(words)
