@@ -33,7 +33,7 @@ bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
 
 kill-matrix: $(VENV)/dev.stamp  ## a signal to each process in every phase of a request, and spoiled connections
-	OMP_NUM_THREADS=1 $(BIN)/python -m diptych.bench.faults.kill_matrix $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m diptych.bench.faults $(ARGS)
 
 MINUTES ?= 20
 

@@ -10,7 +10,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,7 @@ from diptych.engine.scripted import expected_tokens
 
 START_SECONDS = 60.0
 STOP_SECONDS = 25.0
+IDLE_SECONDS = 30.0  # until all KV blocks are back
 ANSWER_SECONDS = 200.0  # longer than any deadline inside the fleet
 LOOK_EVERY = 0.05  # seconds between two looks at something that happens by itself
 
@@ -119,6 +121,7 @@ class Fleet:
     environment: dict[str, str]
     port: int = field(default_factory=free_port)
     process: asyncio.subprocess.Process | None = None
+    joined: list[asyncio.subprocess.Process] = field(default_factory=list)
     family: dict[int, ProcessStat] = field(default_factory=dict)
     rendezvous: Rendezvous = field(default_factory=Rendezvous)
     _session: aiohttp.ClientSession | None = None
@@ -126,7 +129,7 @@ class Fleet:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Fleet]:
-        """Serve while the context lasts. In the end nothing is left, by force if need be (then Violation)."""
+        """What is started lasts as long as the context. In the end nothing is left; Violation if that took force."""
         (self.directory / "tmp").mkdir(parents=True)
         timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
         connector = aiohttp.TCPConnector(force_close=True)
@@ -134,7 +137,6 @@ class Fleet:
             self._session = session
             async with self.rendezvous.open(self.directory / "meet"):
                 try:
-                    await self.start()
                     yield self
                     await self.stop()
                 finally:
@@ -156,26 +158,39 @@ class Fleet:
 
     async def start(self) -> None:
         """Start the server (again) and wait until it is ready."""
-        command = ("-m", "diptych", "serve", "--engine", "scripted", "--port", str(self.port), *self.flags)
+        await self.launch()
+        await self.until_ready()
+
+    async def launch(self) -> None:
+        """Start the server's process."""
+        self.process = await self._spawn("serve", "--port", str(self.port), *self.flags)
+
+    async def launch_worker(self, *flags: str) -> None:
+        """Start a worker that joins."""
+        self.joined.append(await self._spawn("worker", *flags))
+
+    async def _spawn(self, command: str, *flags: str) -> asyncio.subprocess.Process:
         with (self.directory / "log").open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *command,
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "diptych", command, "--engine", "scripted", *flags),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"TMPDIR": str(self.directory / "tmp")} | self.environment,
+                env=os.environ | {"TMPDIR": str(self.directory / "tmp"), "COLUMNS": "200"} | self.environment,
             )
+
+    async def until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not await self.ready():
-            if self.process.returncode is not None or time.monotonic() > deadline:
+            if self.process is None or self.process.returncode is not None or time.monotonic() > deadline:
                 raise Violation(f"the server does not come up: {self.log()[-500:]}")
             await asyncio.sleep(LOOK_EVERY)
         self.look()
 
     def look(self) -> None:
         """Remember the processes that there are now."""
-        self.family |= processes.tree(self.pid)
+        for process in (self.process, *self.joined):
+            self.family |= processes.tree(process.pid) if process is not None else {}
 
     def log(self) -> str:
         return (self.directory / "log").read_text(errors="replace")
@@ -212,7 +227,8 @@ class Fleet:
         for pid in processes.still_alive(self.family):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        await self.process.wait()
+        for process in (self.process, *self.joined):
+            await process.wait()
 
     # what clients and operators see
 
@@ -237,6 +253,13 @@ class Fleet:
             if time.monotonic() > deadline:
                 raise Violation(f"not within {within:g} s: {what}; {_short(workers)}")
             await asyncio.sleep(LOOK_EVERY)
+
+    async def check_next_request(self) -> None:
+        """One more request is answered as it should be, and then nobody holds any block. Raises Violation."""
+        answer = await self.ask(self.request(100, 20, "auto"))
+        if answer.end is not End.EXACT:
+            raise Violation(f"the request afterwards: {answer.end} {answer.code}")
+        await self.until_workers(is_idle, "every KV block is given back", IDLE_SECONDS)
 
     def request(self, num_prompt: int, max_tokens: int, prefer: str) -> Answer:
         """A request that nobody has made before, not sent yet."""
@@ -280,6 +303,17 @@ def _take(answer: Answer, event: dict[str, Any]) -> str:
         answer.token_ids += new
         answer.times += [time.monotonic()] * len(new)
     return ""
+
+
+def ends(answers: Iterable[Answer]) -> str:
+    """How they ended, in a few words."""
+    counts = Counter(f"{answer.end or 'no end'}{f' ({answer.code})' if answer.code else ''}" for answer in answers)
+    return ", ".join(f"{count} {end}" for end, count in sorted(counts.items()))
+
+
+def longest_wait(answers: Iterable[Answer]) -> float:
+    """Of any of their clients, in seconds."""
+    return max((answer.longest_wait for answer in answers), default=0.0)
 
 
 def is_idle(workers: dict[str, dict[str, Any]]) -> bool:

@@ -1,7 +1,5 @@
 """The kill matrix: a signal to one process of a serving fleet, in every phase of a request.
 
-    python -m diptych.bench.faults.kill_matrix [--only TEXT] [--parallel 4] [--json FILE]
-
 Each cell is a fleet of its own (`diptych serve --engine scripted`, one prefill and one decode worker). Some requests
 are running; another begins; and when a process reaches the named phase it is held there (`chaos.failpoints`) until
 the victim has got its signal. Then everything must come right:
@@ -16,23 +14,18 @@ STOP freezes a worker for good (its silence is noticed, and it is killed), and t
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
-import json
 import os
 import signal
-import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diptych.bench import processes
-from diptych.bench.faults.fleet import Answer, End, Fleet, Violation, is_idle, until
+from diptych.bench.faults.fleet import Answer, End, Fleet, Violation, ends, longest_wait, until
+from diptych.bench.faults.runner import Outcome, outcome
 from diptych.chaos import failpoints
 
 LAYERS, CHUNKS = 2, 4  # of the scripted model; of the probe's prompt
@@ -78,7 +71,6 @@ PHASES = (
     Phase("last token before flush", "router", "stream.ending"),
     Phase("drain", "victim", "ending"),
 )
-MEETINGS = sorted({phase.failpoint for phase in PHASES if "." in phase.failpoint})
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +86,19 @@ class Cell:
     def name(self) -> str:
         transport = "" if self.transport == "auto" else f" ({self.transport})"
         return f"{self.phase.name}{transport} / {self.victim} / {self.signum.name.removeprefix('SIG')}"
+
+    @property
+    def owed(self) -> str:
+        """Why it is known to fail; empty if it must not."""
+        return ""
+
+    async def run(self, directory: Path) -> Outcome:
+        """From start to end."""
+        names = [self.phase.failpoint] if self.phase.role != "victim" else ["worker.ending", "router.ending"]
+        specs = (f"*/{name}=meet:{directory}/meet@1+" for name in names if name)
+        flags = (*FLAGS, "--transport", self.transport)
+        case = _Case(self, Fleet(directory, flags, {failpoints.VARIABLE: ";".join(specs)}))
+        return await outcome(self.name, case.run, case.summary)
 
 
 def phase_cells() -> list[Cell]:
@@ -112,41 +117,6 @@ def boundary_cells() -> list[Cell]:
     return cells
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    cell: Cell
-    violation: str  # empty: all is well
-    what: str
-    seconds: float
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "phase": self.cell.phase.name,
-            "transport": self.cell.transport,
-            "victim": self.cell.victim,
-            "signal": self.cell.signum.name,
-            "violation": self.violation,
-            "what": self.what,
-            "seconds": round(self.seconds, 1),
-        }
-
-
-async def run_cell(cell: Cell, directory: Path) -> Outcome:
-    """One cell from start to end. Leaves `directory`/log for whoever wants to know more."""
-    began = time.monotonic()
-    names = sorted({cell.phase.failpoint} - {""}) if cell.phase.role != "victim" else ["worker.ending", "router.ending"]
-    specs = (f"*/{name}=meet:{directory}/meet@1+" for name in names)
-    fleet = Fleet(directory, (*FLAGS, "--transport", cell.transport), {failpoints.VARIABLE: ";".join(specs)})
-    case = _Case(cell, fleet)
-    violation = ""
-    try:
-        async with fleet.running():
-            await case.run()
-    except Violation as error:
-        violation = str(error)
-    return Outcome(cell, violation, case.summary(), time.monotonic() - began)
-
-
 class _Case:
     """One cell under way."""
 
@@ -162,6 +132,11 @@ class _Case:
 
     async def run(self) -> None:
         """Raises Violation."""
+        async with self._fleet.running():
+            await self._fleet.start()
+            await self._run()
+
+    async def _run(self) -> None:
         workers = await self._fleet.workers()
         self._epochs = {name: worker["epoch"] for name, worker in workers.items()}
         self._victim_pid = self._fleet.pid if self._cell.victim == "router" else workers[self._worker]["pid"]
@@ -171,10 +146,7 @@ class _Case:
         finally:
             for task in self._tasks:
                 task.cancel()
-        answer = await self._fleet.ask(self._fleet.request(100, 20, "auto"))
-        if answer.end is not End.EXACT:
-            raise Violation(f"the request afterwards: {answer.end} {answer.code}")
-        await self._fleet.until_workers(is_idle, "every KV block is given back", RECOVERY_SECONDS)
+        await self._fleet.check_next_request()
 
     @property
     def _worker(self) -> str:
@@ -254,7 +226,7 @@ class _Case:
         retries = [Answer(answer.prompt, answer.max_tokens, answer.prefer) for answer in failed]
         await asyncio.gather(*map(self._fleet.ask, retries))
         if any(retry.end is not End.EXACT for retry in retries):
-            raise Violation(f"retries: {_ends(retries)}")
+            raise Violation(f"retries: {ends(retries)}")
 
     def _note_return(self) -> None:
         if self._hurt_at is not None:
@@ -262,56 +234,17 @@ class _Case:
 
     def _check_answers(self, *allowed: End) -> None:
         if any(answer.end not in allowed for answer in self._answers):
-            raise Violation(f"answers: {_ends(self._answers)}")
+            raise Violation(f"answers: {ends(self._answers)}")
 
     def _check_nothing_cut(self) -> None:
         """What had begun to be answered was answered to its end."""
         if any(answer.token_ids and answer.end is not End.EXACT for answer in self._answers):
-            raise Violation(f"answers: {_ends(self._answers)}")
+            raise Violation(f"answers: {ends(self._answers)}")
 
     def summary(self) -> str:
         """In a few words: how the answers ended, the longest pause in one, and when the victim was back."""
-        words = [_ends(self._answers) or "nothing asked"]
-        words.append(f"longest wait {max((answer.longest_wait for answer in self._answers), default=0.0):.1f} s")
+        words = [ends(self._answers) or "nothing asked"]
+        words.append(f"longest wait {longest_wait(self._answers):.1f} s")
         if self._back_after is not None:
             words.append(f"back after {self._back_after:.1f} s")
         return ", ".join(words)
-
-
-def _ends(answers: Iterable[Answer]) -> str:
-    counts = Counter(f"{answer.end or 'no end'}{f' ({answer.code})' if answer.code else ''}" for answer in answers)
-    return ", ".join(f"{count} {end}" for end, count in sorted(counts.items()))
-
-
-async def run_cells(cells: Sequence[Cell], parallel: int, directory: Path) -> list[Outcome]:
-    """All cells, so many at a time, in the order of `cells`; each is told of as it ends."""
-    places = asyncio.Semaphore(parallel)
-
-    async def run_one(number: int, cell: Cell) -> Outcome:
-        async with places:
-            outcome = await run_cell(cell, directory / str(number))
-        verdict = f"VIOLATED: {outcome.violation} ({directory / str(number)}/log)" if outcome.violation else "ok"
-        print(f"{cell.name:<60} {outcome.seconds:5.1f} s  {verdict}; {outcome.what}", flush=True)
-        return outcome
-
-    return await asyncio.gather(*(run_one(number, cell) for number, cell in enumerate(cells)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only cells whose name contains this text")
-    parser.add_argument("--parallel", type=int, default=4, help="fleets at a time")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    cells = [cell for cell in [*phase_cells(), *boundary_cells()] if arguments.only in cell.name]
-    directory = Path(tempfile.mkdtemp(prefix="diptych-kill-matrix-"))
-    outcomes = asyncio.run(run_cells(cells, arguments.parallel, directory))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([outcome.fields() for outcome in outcomes], indent=2) + "\n")
-    violated = [outcome for outcome in outcomes if outcome.violation]
-    print(f"{len(outcomes)} cells, {len(violated)} violated")
-    sys.exit(1 if violated else 0)
-
-
-if __name__ == "__main__":
-    main()
