@@ -8,7 +8,8 @@
 `UP` is what callers say, `DOWN` what they are answered. Faults of streams (not of packets: TCP mends those) are of two
 kinds. Some happen once for each `inflict`, `after` so many bytes in that direction counted from then: FLIP, DUPLICATE,
 REORDER, LOSE, HALF_CLOSE, RESET. Others last until `heal`: DELAY, THROTTLE, PARTITION (nothing gets through, and
-all of it does when it is over), BLACK_HOLE (what is sent meanwhile is gone, and so is, for good, what follows it).
+all of it does when it is over), BLACK_HOLE (what is sent meanwhile is gone; a connection that has lost something
+this way breaks when it is over, as behind a firewall that has forgotten it).
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class FaultProxy:
         self._healed = asyncio.Event()
         self._healed.set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._deaf: list[_Pump] = []
         self._server: asyncio.Server | None = None
         self.port = 0
         self.connections = 0  # that have been passed on
@@ -98,6 +100,9 @@ class FaultProxy:
         """Pass everything on as it is."""
         self._spoil = None
         self._healed.set()
+        deaf, self._deaf = self._deaf, []
+        for pump in deaf:
+            pump.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -148,6 +153,7 @@ class FaultProxy:
                 await pump.send(chunk)
             case _:
                 pump.deaf = True
+                self._deaf.append(pump)
 
     async def _break(self, pump: _Pump, fault: Fault, rest: bytes) -> None:
         """`rest` (at least one byte) begins where the fault is to be."""
@@ -193,6 +199,10 @@ class _Pump:
         if data:
             self._writer.write(data)
             await self._writer.drain()
+
+    def abort(self) -> None:
+        """Break the connection."""
+        self._writer.transport.abort()
 
     def end(self) -> None:
         """Say that nothing more comes."""

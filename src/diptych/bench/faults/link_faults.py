@@ -30,6 +30,8 @@ NOTICE_SECONDS = 135.0  # until every answer has ended: the longest deadline of 
 BACK_SECONDS = 45.0  # until a worker has joined again
 FAR = "far"
 
+NO_DEADLINE = "a worker that is heard but does not hear keeps its requests: they have no deadline of their own"
+
 
 @dataclass(frozen=True, slots=True)
 class LinkCase:
@@ -61,7 +63,6 @@ def link_cases() -> list[LinkCase]:
     up, down, both = Direction.UP, Direction.DOWN, Direction.BOTH
     lasting = [
         (Spoil(Fault.BLACK_HOLE, up), None),
-        (Spoil(Fault.BLACK_HOLE, down), None),
         (Spoil(Fault.BLACK_HOLE, both), None),
         (Spoil(Fault.PARTITION, both), 3.0),
         (Spoil(Fault.PARTITION, both), 12.0),
@@ -74,7 +75,10 @@ def link_cases() -> list[LinkCase]:
         for direction, places in ((up, (40, HANDOFF_BYTES // 3, HANDOFF_BYTES // 2)), (down, (20,)))
         for after in places
     ]
+    one_way = Spoil(Fault.BLACK_HOLE, down)
     return [
+        LinkCase("control", one_way, tls=True, owed=NO_DEADLINE),
+        LinkCase("data", one_way),
         *(LinkCase("data", spoil, seconds=seconds) for spoil, seconds in lasting),
         *(LinkCase("control", spoil, tls=True, seconds=seconds) for spoil, seconds in lasting),
         *(LinkCase("data", spoil) for spoil in once),
@@ -145,9 +149,10 @@ class _DataLink(_Link):
         flags = FLAGS
         if self._case.tls:
             flags = (*FLAGS, "--listen", f"{HOST}:0", "--tls", "--key-file", str(self._directory / "key"))
+        self._directory.mkdir(parents=True)
         guide = self._directory / "guide"
         fleet = Fleet(self._directory, flags, {detour.VARIABLE: str(guide)})
-        async with fleet.running(), self._guiding(guide):
+        async with self._guiding(guide), fleet.running():
             await fleet.start()
             await self._suffer(fleet)
             await fleet.check_next_request()
@@ -181,7 +186,7 @@ class _ControlLink(_Link):
         where = ("--tls", "--key-file", key)
         flags = (*FLAGS, "--decode", "0", "--listen", f"{HOST}:{port}", *where)
         fleet = Fleet(self._directory, flags, {})
-        async with fleet.running(), FaultProxy(HOST, port) as proxy:
+        async with FaultProxy(HOST, port) as proxy, fleet.running():
             self._proxies.append(proxy)
             await fleet.launch()
             await until(lambda: "others may join" in fleet.log(), "it lets others in", RUN_SECONDS)
