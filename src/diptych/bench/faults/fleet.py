@@ -118,7 +118,8 @@ class Fleet:
 
     directory: Path
     flags: tuple[str, ...]
-    environment: dict[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
+    engine: str = "scripted"
     port: int = field(default_factory=free_port)
     process: asyncio.subprocess.Process | None = None
     joined: list[asyncio.subprocess.Process] = field(default_factory=list)
@@ -172,7 +173,7 @@ class Fleet:
     async def _spawn(self, command: str, *flags: str) -> asyncio.subprocess.Process:
         with (self.directory / "log").open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "diptych", command, "--engine", "scripted", *flags),
+                *(sys.executable, "-m", "diptych", command, "--engine", self.engine, *flags),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
