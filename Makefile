@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test test-parallel check bench bench-handoff bench-survival fault-sim docs clean
+.PHONY: serve test test-parallel check bench bench-handoff bench-survival fault-sim kill-matrix soak docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -37,6 +37,14 @@ bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 
 fault-sim: $(VENV)/dev.stamp  ## N=... simulated histories with faults; SEED=... tells one of them
 	$(BIN)/python -m diptych.bench.fault_sim -n $(or $(N),2000) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+kill-matrix: $(VENV)/dev.stamp  ## a signal to each process in every phase of a request, and spoiled connections
+	OMP_NUM_THREADS=1 $(BIN)/python -m diptych.bench.faults $(ARGS)
+
+MINUTES ?= 20
+
+soak: $(VENV)/dev.stamp  ## mixed load for MINUTES: memory, descriptors, threads and blocks that do not come back
+	OMP_NUM_THREADS=1 $(BIN)/python -m diptych.bench.soak --minutes $(MINUTES) --json benchmarks/soak.json $(ARGS)
 
 docs: $(VENV)/dev.stamp  ## regenerate what is generated
 	$(BIN)/python -m diptych.policy.handoff > docs/handoff.md

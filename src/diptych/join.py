@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diptych.chaos import failpoints
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, is_worker_id
 from diptych.core.settings import BatchSettings, CacheSettings, CpuSettings, EngineSettings, WorkerSettings
@@ -46,6 +47,7 @@ def run(settings: JoinSettings) -> None:
     [cpu] = place([settings.engine.parallel.world_size], cores)
     os.environ.update(thread_environment(cpu.threads))
     worker = worker_settings(settings, cpu)
+    failpoints.arm(worker.worker_id, 1)
     asyncio.run(run_joined(worker, lambda progress: load_engine(worker, progress), settings.patience))
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diptych.chaos import failpoints
+from diptych.chaos.failpoints import failpoint
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, WorkerId
@@ -165,6 +167,7 @@ def run(settings: ServeSettings) -> None:
     the terminal is gone. Raises ConfigError if it cannot start."""
     import uvloop
 
+    failpoints.arm("router", 1)
     uvloop.run(_serve(settings))
 
 
@@ -195,6 +198,7 @@ async def _serve(settings: ServeSettings) -> None:
                 await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
         fleet.screen.stopping()
+        failpoint("router.ending")
     draining.cancel()
     stopping.cancel()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 
+from diptych.chaos import failpoints
 from diptych.core.errors import ConfigError
 from diptych.core.ports import Engine
 from diptych.core.settings import CpuSettings, EngineSettings, WorkerSettings
@@ -14,9 +16,15 @@ from diptych.worker.main import OnProgress, run_worker
 
 def run(settings: WorkerSettings) -> None:
     """Serve until told to end. Raises DiptychError if it cannot start."""
+    failpoints.arm(settings.worker_id, settings.epoch)
     if settings.cpu.cores:
         os.sched_setaffinity(0, settings.cpu.cores)
-    asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
+    parent = os.getppid()
+    try:
+        asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
+    finally:
+        if os.getppid() != parent:  # the router was killed, and can clear up nothing
+            shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 
 def load_engine(settings: WorkerSettings, on_progress: OnProgress) -> Engine:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbortOn,
     Deliver,
@@ -105,6 +106,7 @@ class Router:
             raise next(action.error for action in actions if isinstance(action, DeliverFailure))
         stream = RequestStream(live, self._cancel)
         self._streams[request.request_id] = stream
+        failpoint("request.admitted")
         self._carry_out(actions)
         return stream
 
@@ -326,6 +328,8 @@ class Router:
     def _deliver(self, request_id: str, item: TokenOutput | DiptychError, *, last: bool) -> None:
         stream = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
         if stream is not None:
+            if last:
+                failpoint("stream.ending")
             stream.put(item)
 
     def _start_prefill(self, start: StartPrefill) -> None:

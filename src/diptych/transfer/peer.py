@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.errors import HandshakeError, PeerError, ProtocolError, TicketError, TransferError
 from diptych.core.events import HandoffComplete, HandoffFailed, WriterGone
 from diptych.core.fleet import Epoch
@@ -221,6 +222,7 @@ class Peer:
             return
         if stream.take(frame, share):
             self._book.mark(ticket, frame)
+            failpoint("receive.pages_verified")
         else:
             self._book.count("corrupt pages")
             self._fail(ticket, TransferError(f"pages of layer {frame.layer} are corrupt", code="kv_corrupt"))
@@ -235,6 +237,7 @@ class Peer:
             self._fail(ticket, TransferError("the hand-off was closed before all pages had arrived"))
         elif closing is not None:
             self._report(HandoffComplete(request_id, closing.token, closing.payload))
+            failpoint("receive.complete")
             self._tell(frames.Accepted(request_id, closing.nonce))
 
     def _gone(self, ticket: Incoming, code: str, message: str) -> None:

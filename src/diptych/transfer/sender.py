@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.errors import PeerError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import WorkerId
@@ -297,11 +298,13 @@ class PushLink:
             return
         about = claims.request_id, claims.nonce, claims.epoch
         stream.send(frames.Pages(*about, transfer.layer, job.pair, frame.first_group, digests, nbytes), payload)
+        failpoint("push.layer_sent")
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
         if self._may_go_on(push):
             claims = push.claims
             self._answer(frames.Close(claims.request_id, claims.nonce, claims.epoch, push.num_frames, token, payload))
+            failpoint("push.close_sent")
 
     # the reader thread
 
@@ -330,6 +333,7 @@ class PushLink:
         elif isinstance(answer, frames.Go):
             push.go.set()
         elif isinstance(answer, frames.Accepted):
+            failpoint("push.accepted")
             self._report(PushAccepted(answer.request_id))
         elif isinstance(answer, frames.Rejected):
             self._stop_push(push)

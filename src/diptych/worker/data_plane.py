@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from diptych.chaos.detour import detour
 from diptych.core.errors import ConfigError
 from diptych.core.events import WorkerEvent
 from diptych.core.fleet import Epoch, KVEndpoint, WorkerId
@@ -91,7 +92,7 @@ class DataPlane:
         # KV in device memory is out of reach of these transports: such a worker serves un-split.
         transports = settings.transports if settings.engine.device == "cpu" else ()
         self.endpoints = tuple(
-            KVEndpoint(transport=transport, address=self._receiver.listen(_address(transport, settings)))
+            KVEndpoint(transport=transport, address=detour(self._receiver.listen(_address(transport, settings))))
             for transport in transports
         )
 

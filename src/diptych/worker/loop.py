@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbandonPush,
     CloseHandoff,
@@ -148,7 +149,9 @@ class WorkerLoop:
             case SendTokens(outputs):
                 self._channel.send(messages.Tokens(list(outputs)))
             case SendFirstToken(output, cached, queue_seconds, prefill_seconds):
+                failpoint("first_token.made")
                 self._channel.send(messages.Prefilled(output, cached, queue_seconds, prefill_seconds))
+                failpoint("first_token.sent")
             case SendFailure(request_id, code, message):
                 self._channel.send(messages.Failed(request_id, code, message))
             case PushPages(request_id, claims, plan):
@@ -163,6 +166,7 @@ class WorkerLoop:
             case RevokeTicket(request_id):
                 self.data.revoke(request_id)
             case ForgetRequest(request_id):
+                failpoint("request.over")
                 self._steps.forget(request_id)
 
     def _push_layer(self, step: RunStep, layer: int) -> None:
@@ -186,4 +190,5 @@ class WorkerLoop:
         )
         self.data.expect(claims)
         ticket = mint(claims, self._settings.key)
+        failpoint("ticket.minted")
         self._channel.send(messages.Granted(claims.request_id, ticket, grant.num_cached_tokens))

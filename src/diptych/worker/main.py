@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.blocks import blocks_for
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError, HandshakeError, PeerError
@@ -141,6 +142,7 @@ async def serve(
         finally:
             for task in tasks:
                 task.cancel()
+            failpoint("worker.ending")
             await worker.stop()
             channel.close()
 
@@ -193,6 +195,7 @@ async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: Wor
                     continue
                 worker.data.open_link(claims.worker_id, claims.epoch, endpoint)
                 worker.handle(PrefillRequested(request, claims, outputs))
+                failpoint("request.queued")
             case messages.Abort(request_id):
                 worker.handle(AbortRequested(request_id))
             case messages.WarmUp(worker_id, epoch, endpoint):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import RunStep
 from diptych.core.errors import DiptychError, EngineCorrupt, EngineLost
 from diptych.core.events import StepFailed, StepFinished
@@ -61,7 +62,9 @@ class StepRunner:
         on_layer = (lambda layer: self._push_layer(step, layer)) if step.pushes else None
         began = time.perf_counter()
         try:
+            failpoint("step.started")
             samples = self._engine.step(step.batch, on_layer)
+            failpoint("step.finished")
         except EngineCorrupt as error:
             return StepFailed(error.code, error.message, error.request_ids)
         except EngineLost:
