@@ -33,7 +33,7 @@ ALL: list[Pair] = [
     ("tp2", "pp2", "shm"),
     ("tp4 ep4", "dp4 ep4", "tcp"),
     ("dp4 ep4", "tp4 ep4", "shm"),
-    ("tp2 pp2", "dp2 tp2 ep4", "tcp"),
+    ("tp2 pp2", "tp2 dp2 ep4", "tcp"),
 ]
 
 
