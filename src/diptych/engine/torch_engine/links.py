@@ -45,7 +45,7 @@ def connect(shard: Shard, rendezvous: str, device: torch.device) -> Links:
     layout, rank = shard.layout, shard.rank
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(rendezvous, layout.world_size),
+        store=dist.FileStore(rendezvous, layout.world_size),  # type: ignore[attr-defined]
         rank=rank,
         world_size=layout.world_size,
         timeout=PATIENCE,
@@ -75,16 +75,16 @@ def _columns(layout: KVLayout) -> Iterable[list[int]]:
 
 def _group(rank: int, groups: Iterable[list[int]]) -> Group:
     """The one that has `rank` in it. All ranks must make all groups, in the same order."""
-    made = [(ranks, dist.new_group(ranks, timeout=PATIENCE)) for ranks in groups]
-    return next(Group(ranks, group) for ranks, group in made if rank in ranks)
+    return next(group for group in list(map(Group, groups)) if rank in group.ranks)
 
 
 class Group:
     """Ranks that compute together."""
 
-    def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
+    def __init__(self, ranks: list[int]) -> None:
         self.ranks = ranks
-        self.group = group
+        everybody = len(ranks) == dist.get_world_size()  # there is a group of them already
+        self.group = dist.group.WORLD if everybody else dist.new_group(ranks, timeout=PATIENCE)
 
     def add_up(self, partial: Tensor) -> Tensor:
         """The sum over all ranks, in `partial`. Every rank gets the same bits."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diptych.core.errors import ConfigError, EngineCorrupt, EngineLost, ProtocolError, ServingError
 from diptych.core.fleet import ModelInfo
-from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.kv_layout import KVMemory
 from diptych.core.ports import AllocateKV, OnLayer
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
@@ -166,9 +166,7 @@ class _Step:
             self._next_layer += 1
 
 
-def _start(
-    ranks: RankProcesses, settings: EngineSettings, cores: Sequence[int], on_progress: OnProgress | None
-) -> str:
+def _start(ranks: RankProcesses, settings: EngineSettings, cores: Sequence[int], on_progress: OnProgress | None) -> str:
     """Have all ranks load. Returns the model's digest."""
     # TemporaryDirectory is readable to its owner only.
     with tempfile.TemporaryDirectory(prefix="diptych-") as directory:

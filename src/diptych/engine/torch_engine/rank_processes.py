@@ -12,7 +12,7 @@ import time
 
 from diptych.core.errors import CheckpointError, ConfigError, DiptychError, EngineLost, ProtocolError
 from diptych.engine.threads import thread_environment
-from diptych.engine.torch_engine.rank_messages import MAX_MESSAGE_BYTES, Failed, FromRank, Message
+from diptych.engine.torch_engine.rank_messages import MAX_MESSAGE_BYTES, Failed, FromRank, ToRank
 from diptych.wire.blocking import BlockingConnection, socket_pair
 
 COMMAND = (sys.executable, "-m", "diptych.engine.torch_engine.rank")
@@ -46,7 +46,7 @@ class RankProcesses:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def send(self, rank: int, message: Message, descriptor: int | None = None) -> None:
+    def send(self, rank: int, message: ToRank, descriptor: int | None = None) -> None:
         """Send a message to a rank, and a descriptor after it."""
         self._check()
         try:
