@@ -263,6 +263,26 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(misfit: messages.
     play(script)
 
 
+class NextHello(messages.Message, frozen=True, tag="Hello"):
+    """A hello as some other version might send it."""
+
+    wire_version: int
+    worker_id: str
+    colour: str
+
+
+def test_a_hello_of_another_shape_is_refused_with_both_versions_in_mind() -> None:
+    async def script(stage: Stage) -> None:
+        stranger = stage.connect()
+        stranger.send(NextHello(messages.WIRE_VERSION + 1, "d0", "green"))
+        answer = await anext(stranger)
+        assert isinstance(answer, messages.Refused)
+        assert f"this router speaks wire version {messages.WIRE_VERSION}" in answer.reason
+        assert [message async for message in stranger] == []
+
+    play(script)
+
+
 def test_a_newer_life_replaces_the_older_one() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)

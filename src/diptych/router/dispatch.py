@@ -18,7 +18,7 @@ from diptych.core.actions import (
     StartPrefill,
 )
 from diptych.core.clock import Clock
-from diptych.core.errors import DiptychError, HandshakeError, PeerError, UnavailableError
+from diptych.core.errors import DiptychError, HandshakeError, PeerError, ProtocolError, UnavailableError
 from diptych.core.events import (
     BlocksCached,
     FirstTokenMade,
@@ -164,6 +164,8 @@ class Router:
             return None  # it ended before it was ready; its supervisor says why
         except (PeerError, TimeoutError) as error:
             reason = str(error) or f"it did not introduce itself within {HELLO_SECONDS:.0f} s"
+            if isinstance(error, ProtocolError):
+                reason += f" (this router speaks wire version {messages.WIRE_VERSION}; another version of diptych?)"
             log.warning("a worker was refused: %s", reason)
             channel.send(messages.Refused(reason))
             channel.close()
