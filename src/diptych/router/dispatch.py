@@ -243,12 +243,17 @@ class Router:
         """Watch the fleet for as long as the task lives."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            now = self._clock.now()
-            was_away, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
-            if was_away:  # it was the router that stood still: what the others have sent meanwhile is still unread
-                self._fleet.excuse(now)
-            else:
-                self.check_time()
+            self.on_beat()
+
+    def on_beat(self) -> None:
+        """The loop is alive: look at the time, unless it was the router itself that stood still. What the others have
+        sent meanwhile is then still unread."""
+        now = self._clock.now()
+        stood_still, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
+        if stood_still:
+            self._fleet.excuse(now)
+        else:
+            self.check_time()
 
     def check_time(self) -> None:
         """Workers that have not been heard of for too long are lost; streams that wait for too long go elsewhere."""
