@@ -165,6 +165,18 @@ def test_with_nobody_else_a_late_stream_stays_and_ends_in_the_end(progress: int,
     assert not router.policy.live
 
 
+def test_a_stream_that_waits_for_its_turn_with_nobody_else_waits_on() -> None:
+    """Preempted on the only worker, say, whose blocks others need for long answers."""
+    router = Router("m0")
+    router.submit(prefer=LOCAL)
+    router.first("m0")
+    for second in range(1, 299):
+        router.now = float(second)
+        router.first("m0", "whoever")
+        assert router.at(router.now) == []
+    assert "r" in router.policy.live
+
+
 def test_the_queue_has_an_end() -> None:
     router = handed_over()
     for name in ("p0", "d0", "d1"):

@@ -279,6 +279,26 @@ def test_workers_may_be_cut_differently_but_not_be_of_another_shape() -> None:
     play(script)
 
 
+class NextHello(messages.Message, frozen=True, tag="Hello"):
+    """A hello as some other version might send it."""
+
+    wire_version: int
+    worker_id: str
+    colour: str
+
+
+def test_a_hello_of_another_shape_is_refused_with_both_versions_in_mind() -> None:
+    async def script(stage: Stage) -> None:
+        stranger = stage.connect()
+        stranger.send(NextHello(messages.WIRE_VERSION + 1, "d0", "green"))
+        answer = await anext(stranger)
+        assert isinstance(answer, messages.Refused)
+        assert f"this router speaks wire version {messages.WIRE_VERSION}" in answer.reason
+        assert [message async for message in stranger] == []
+
+    play(script)
+
+
 def test_a_newer_life_replaces_the_older_one() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -419,6 +439,49 @@ def test_a_worker_without_work_may_leave_at_once() -> None:
         prefill, _ = await stage.pair()
         prefill.send(messages.Leaving())
         assert await anext(prefill) == messages.Shutdown()
+
+    play(script)
+
+
+def test_a_router_that_drains_takes_nothing_new_and_waits_for_what_runs() -> None:
+    async def script(stage: Stage) -> None:
+        alone = await stage.join(hello("m0", Role.MIXED))
+        stream = stage.router.submit(LONG)
+        assert stage.router.ready()
+        draining = asyncio.create_task(stage.router.drain(25.0))
+        await anext(alone)
+        await asyncio.sleep(0)
+        assert not stage.router.ready()
+        with pytest.raises(UnavailableError) as refusal:
+            stage.router.submit(replace(LONG, request_id="s"))
+        assert refusal.value.code == "draining"
+        assert not draining.done()
+        alone.send(messages.Prefilled(output(0, FinishReason.LENGTH), 0, 0.0, 0.0))
+        assert await draining
+        assert [token.index async for token in stream] == [0]
+
+    play(script)
+
+
+def test_a_router_that_drains_does_not_wait_for_ever() -> None:
+    async def script(stage: Stage) -> None:
+        await stage.join(hello("m0", Role.MIXED))
+        stage.router.submit(LONG)
+        assert not await stage.router.drain(0.0)
+
+    play(script)
+
+
+def test_a_router_that_stood_still_blames_nobody_for_silence() -> None:
+    async def script(stage: Stage) -> None:
+        await stage.pair()
+        stage.clock.advance_to(30.0)
+        stage.router.on_beat()
+        assert stage.states() == {"p0": "ready", "d0": "ready"}
+        for now in (31.0, 33.0, 35.0, 36.0):
+            stage.clock.advance_to(now)
+            stage.router.on_beat()
+        assert stage.states() == {"p0": "starting", "d0": "starting"}
 
     play(script)
 

@@ -89,6 +89,22 @@ def test_the_newest_of_two_with_one_name_wins(server: Server, tmp_path: Path) ->
             assert server.fleet()["twin"]["pid"] == second.pid
 
 
+def test_a_worker_that_was_frozen_comes_back_in_a_new_life(server: Server, tmp_path: Path) -> None:
+    """Nobody can kill it from here: its old life is fenced off by its epoch."""
+    with joining(tmp_path / "log", *flags(server, "far", "prefill")) as process:
+        epoch = ready(server, "far")
+        with server.stream(PROMPT, "split", max_tokens=200) as stream:
+            token_ids = [next(stream.token_ids)]
+            process.send_signal(signal.SIGSTOP)
+            token_ids += stream.token_ids
+        assert token_ids == expected_tokens(PROMPT, 200)
+        soon(lambda: "far" not in server.fleet(), "its silence is noticed")
+        process.send_signal(signal.SIGCONT)
+        ready(server, "far", above=epoch)
+        soon(lambda: "far" in server.complete(PROMPT, "split", max_tokens=4).route, "it is trusted again")
+        assert server.complete(PROMPT, "split", max_tokens=20).token_ids == expected_tokens(PROMPT, 20)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

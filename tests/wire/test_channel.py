@@ -179,6 +179,7 @@ def test_garbage_from_the_listener_is_a_protocol_error() -> None:
         channel = await connect(listener.address, KEY, ToWorker)
         with pytest.raises(ProtocolError):
             await anext(channel)
+        channel.close()
         channel.send(Shutdown())  # goes nowhere, and harms nobody
         await listener.close()
 

@@ -334,7 +334,8 @@ class RouterPolicy:
         return self._late(live, now) if waited > limit else []
 
     def _late(self, live: LiveRequest, now: float) -> list[RouterAction]:
-        """A worker lets a stream wait for too long. Continue it elsewhere; with nobody else, wait on for a while."""
+        """A worker lets a stream wait for too long. Continue it elsewhere; with nobody else, wait on for a while (one
+        that has begun, and only waits for its turn, for as long as it takes)."""
         if not live.is_late:
             live.is_late = True
             self.health.late(live, now)
@@ -343,7 +344,7 @@ class RouterPolicy:
             live.retries += 1
             return self._attempts.move(live, place, now)
         limit = self._deadlines.of(live.wait) + self._deadlines.queue
-        if now - live.wait_since <= limit:
+        if now - live.wait_since <= limit or (live.output_token_ids and not self.health.is_stuck(live)):
             return []
         return self._time_out(live, f"nothing has come for {limit:g} s", live.wait.code, now)
 

@@ -19,7 +19,7 @@ from diptych.core.actions import (
     StartPrefill,
 )
 from diptych.core.clock import Clock
-from diptych.core.errors import DiptychError, HandshakeError, PeerError, UnavailableError
+from diptych.core.errors import DiptychError, HandshakeError, PeerError, ProtocolError, UnavailableError
 from diptych.core.events import (
     BlocksCached,
     FirstTokenMade,
@@ -166,6 +166,8 @@ class Router:
             return None  # it ended before it was ready; its supervisor says why
         except (PeerError, TimeoutError) as error:
             reason = str(error) or f"it did not introduce itself within {HELLO_SECONDS:.0f} s"
+            if isinstance(error, ProtocolError):
+                reason += f" (this router speaks wire version {messages.WIRE_VERSION}; another version of diptych?)"
             log.warning("a worker was refused: %s", reason)
             channel.send(messages.Refused(reason))
             channel.close()
@@ -243,12 +245,17 @@ class Router:
         """Watch the fleet for as long as the task lives."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            now = self._clock.now()
-            was_away, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
-            if was_away:  # it was the router that stood still: what the others have sent meanwhile is still unread
-                self._fleet.excuse(now)
-            else:
-                self.check_time()
+            self.on_beat()
+
+    def on_beat(self) -> None:
+        """The loop is alive: look at the time, unless it was the router itself that stood still. What the others have
+        sent meanwhile is then still unread."""
+        now = self._clock.now()
+        stood_still, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
+        if stood_still:
+            self._fleet.excuse(now)
+        else:
+            self.check_time()
 
     def check_time(self) -> None:
         """Workers that have not been heard of for too long are lost; streams that wait for too long go elsewhere."""
