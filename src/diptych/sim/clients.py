@@ -18,6 +18,7 @@ class Client:
         self.right = expected_tokens(self.request.prompt_token_ids, sampling.max_tokens, sampling, model)
         self.tokens: list[int] = []
         self.submitted = self.finished = self.cancelled = False
+        self.cut_off = False  # the router has died under it
         self.error: DiptychError | None = None
         self.attempts = 0
         self.workers: set[str] = set()  # that were told to begin with it
@@ -29,7 +30,7 @@ class Client:
 
     @property
     def over(self) -> bool:
-        return self.finished or self.cancelled or self.error is not None
+        return self.finished or self.cancelled or self.cut_off or self.error is not None
 
     def describe(self) -> str:
         return f"{len(self.tokens)} of {len(self.right)} tokens came, in {self.attempts} attempts"
@@ -63,5 +64,5 @@ class Client:
 
     def _still_open(self, what: str) -> None:
         if self.over:
-            how = "was cancelled" if self.cancelled else "had ended"
+            how = "was cancelled" if self.cancelled else "was over"
             raise Violation(f"{self.request_id} gets {what} after it {how}")

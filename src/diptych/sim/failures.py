@@ -21,7 +21,7 @@ Allowed = Callable[["World", Client], bool]
 
 
 def _engine_at_fault(world: World, client: Client) -> bool:
-    """An engine was made to find no finite numbers for it."""
+    """An engine was made to fail in a step with it."""
     return client.engine_faults > 0
 
 
@@ -31,8 +31,8 @@ def _nobody_ready(world: World, client: Client) -> bool:
 
 
 def _many_died(world: World, client: Client) -> bool:
-    """As many workers died, or seemed to, as make a request suspect."""
-    return world.losses >= POISON_CRASHES
+    """As many workers died, or seemed to, or had engines that failed with it, as make a request suspect."""
+    return world.losses + client.engine_faults >= POISON_CRASHES
 
 
 def _clock_leapt(world: World, client: Client) -> bool:

@@ -148,6 +148,11 @@ def _engine(world: World, fault: Fault) -> bool:
     return True
 
 
+def _router_restart(world: World, fault: Fault) -> bool:
+    world.restart_router()
+    return True
+
+
 _STRIKE = {
     FaultKind.KILL: _kill,
     FaultKind.FREEZE: _freeze,
@@ -160,4 +165,5 @@ _STRIKE = {
     FaultKind.CLOCK_JUMP: _clock_jump,
     FaultKind.ENGINE_CORRUPT: _engine,
     FaultKind.ENGINE_FAILED: _engine,
+    FaultKind.ROUTER_RESTART: _router_restart,
 }

@@ -46,6 +46,8 @@ class Router:
         self.policy = RouterPolicy(Routing())
         self.links: dict[WorkerId, Link] = {}
         self.clock_ahead = 0.0
+        self._dead = False
+        self._connected: list[Link] = []  # ever
         self._ended: list[Client] = []  # in the event at hand
         self._canary_until = 0.0
         self._beat_due = False
@@ -56,11 +58,18 @@ class Router:
         self._ended.append(client)
         self.handle(on.RequestCancelled(client.request_id))
 
+    def die(self) -> None:
+        """It is gone, and all its connections end."""
+        self._dead = True
+        for link in self._connected:
+            link.down.end()
+
     def connect(self, life: Life) -> None:
         """A life opens its connection and introduces itself."""
         network, name = self.world.network, life.worker_id
         down = network.pipe(ROUTER, name, lambda order: life.process.run(lambda: life.from_router(order)))
         link = Link(life, down)
+        self._connected.append(link)
         up = life.to_router = network.pipe(name, ROUTER, lambda message: self._on_message(link, message))
         life.pipes_out.append(up)
         life.pipes_in.append(down)
@@ -69,6 +78,8 @@ class Router:
     # workers
 
     def _on_message(self, link: Link, message: object) -> None:
+        if self._dead:
+            return
         if isinstance(message, messages.Hello):
             self._register(link)
         elif self.links.get(link.life.worker_id) is not link:
@@ -126,7 +137,7 @@ class Router:
             self.world.kernel.after(patience, lambda: self._check_silence(link, since))
 
     def _check_silence(self, link: Link, since: float) -> None:
-        if link.silent_since == since and self.links.get(link.life.worker_id) is link:
+        if not self._dead and link.silent_since == since and self.links.get(link.life.worker_id) is link:
             link.state = WorkerState.LOST
             self.handle(on.WorkerUpdated(link.view()))
             self._lost(link, "has fallen silent")
@@ -163,10 +174,11 @@ class Router:
 
     def _beat(self) -> None:
         self._beat_due = False
-        self.handle(on.Tick())
+        if not self._dead:
+            self.handle(on.Tick())
 
     def _wake(self, planned: float) -> None:
-        if self._wake_at == planned:
+        if self._wake_at == planned and not self._dead:
             self._wake_at = None
             self.handle(on.Tick())
 

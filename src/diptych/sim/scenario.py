@@ -30,6 +30,7 @@ class FaultKind(StrEnum):
     CLOCK_JUMP = "clock jump"  # the clock of `worker` leaps forward by `extra`
     ENGINE_CORRUPT = "engine corrupt"  # the next step of `worker` yields no finite numbers for one request
     ENGINE_FAILED = "engine failed"  # the next step of `worker` raises
+    ROUTER_RESTART = "router restart"  # it dies with all streams, and another one is there at once, with no memory
 
 
 class Spoil(StrEnum):
@@ -187,4 +188,5 @@ _KINDS = (
     FaultKind.CLOCK_JUMP,
     FaultKind.ENGINE_CORRUPT,
     FaultKind.ENGINE_FAILED,
+    FaultKind.ROUTER_RESTART,
 )

@@ -114,6 +114,7 @@ class World:
         self._healed_at = max(self._healed_at, self.kernel.now)
         request = spec.request
         self.tell("{} arrives: {} tokens", request.request_id, len(request.prompt_token_ids))
+        self.clients[request.request_id].submitted = True
         self.router.handle(RequestSubmitted(request))
         if spec.cancel_after is not None:
             self.kernel.after(spec.cancel_after, lambda: self._cancel(request.request_id))
@@ -136,6 +137,16 @@ class World:
         for client in map(self.client_of, names):
             if client is not None:
                 client.engine_faults += 1
+
+    def restart_router(self) -> None:
+        """The router dies, and with it every stream; another one takes its place, and knows nothing."""
+        for client in self.clients.values():
+            if client.submitted and not client.over:
+                client.cut_off = True
+        names = ", ".join(client.request_id for client in self.clients.values() if client.cut_off)
+        self.tell("the router dies, and a new one takes its place; streams cut off so far: {}", names or "none")
+        self.router.die()
+        self.router = Router(self)
 
     # tickets
 
