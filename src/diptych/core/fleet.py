@@ -117,3 +117,6 @@ class Route:
         if self.prefill is None:
             return f"local={self.decode}"
         return f"prefill={self.prefill};decode={self.decode};transport={self.transport}"
+
+
+NOWHERE = Route("")  # of a request that still waits for its turn

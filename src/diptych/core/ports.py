@@ -118,6 +118,11 @@ class Dispatcher(Protocol):
     @property
     def model(self) -> ModelInfo: ...
 
+    def check(self, tenant: str) -> None:
+        """Raises what `submit` would raise for any request of this tenant, however small: so that nothing need
+        be read, parsed or tokenized in vain."""
+        ...
+
     def submit(self, request: Request) -> TokenStream:
         """Accept a request. Raises OverloadedError or UnavailableError (with `retry_after`)."""
         ...

@@ -56,7 +56,9 @@ class Request:
     """One validated stream to serve.
 
     `cache_salt` opens a separate prefix-cache namespace (a tenant): blocks are only shared among
-    requests of equal salt.
+    requests of equal salt. `tenant` is whose it is, for fair shares and quotas. Of a tenant's waiting requests
+    one of lower `priority` goes first (vLLM's meaning of the number). `timeout` is how many seconds the whole
+    answer may take; None leaves that to the server.
     """
 
     request_id: str
@@ -64,6 +66,9 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prefer: Preference = Preference.AUTO
     cache_salt: str = ""
+    tenant: str = ""
+    priority: int = 0
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

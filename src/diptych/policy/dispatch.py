@@ -4,6 +4,9 @@
         └────── split ► ReserveBlocks ─ ticket ► StartPrefill ─┬─ first token (from the prefill worker)
                                                                └─ tokens 2... (from the decode worker)
 
+Between submission and the first order to a worker lies the fair queue (`policy.admission`): a request waits there
+until the fleet has room and it is its turn. Without competition that is at once.
+
 The log of record is kept here. Tokens come from two workers over two connections, so they are put in
 order by their index; a duplicate is dropped. Whatever ends a request on one worker ends it on the other.
 
@@ -26,7 +29,7 @@ from diptych.core.actions import (
     StartPrefill,
 )
 from diptych.core.blocks import block_hashes
-from diptych.core.errors import ServingError
+from diptych.core.errors import OverloadedError, ServingError
 from diptych.core.events import (
     BlocksCached,
     FirstTokenMade,
@@ -39,13 +42,14 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import Route, WorkerId, WorkerView
+from diptych.core.fleet import NOWHERE, Route, WorkerId, WorkerView
 from diptych.core.request import Preference, Request, TokenOutput
 from diptych.core.timeline import Timeline
-from diptych.policy.admission import AdmissionLimits, refusal
+from diptych.policy.admission import Admission, AdmissionLimits
 from diptych.policy.prefix_index import PrefixIndex
 from diptych.policy.recovery import FAILED_HANDOFFS, LOST_WORKER, SuspectPairs, preference_after
 from diptych.policy.routing import Demand, Routing, WorkerLoad
+from diptych.policy.saturation import Pending, Room
 
 
 @dataclass(slots=True)
@@ -73,8 +77,10 @@ class LiveRequest:
 
     @property
     def handed_over(self) -> bool:
-        """The decode worker has gone on from the first token: the prefill worker's part is done."""
-        return len(self.output_token_ids) > self.num_resumed + 1 or bool(self.early)
+        """The decode worker has gone on from the first token, and that has arrived: the prefill worker's part is
+        done. (Later tokens may overtake the first one, which is lost if its sender dies before it is sent.)"""
+        made_here = len(self.output_token_ids) - self.num_resumed
+        return made_here > 1 or (made_here == 1 and bool(self.early))
 
     def needs(self, worker_id: WorkerId) -> bool:
         """Whether it cannot go on without this worker."""
@@ -83,6 +89,8 @@ class LiveRequest:
     @property
     def workers(self) -> tuple[WorkerId, ...]:
         """Everybody who may hold blocks for it."""
+        if self.route is NOWHERE:
+            return ()
         return (self.route.decode,) if self.route.prefill is None else (self.route.decode, self.route.prefill)
 
 
@@ -108,10 +116,17 @@ class RouterPolicy:
         self._suspects = SuspectPairs()
         self._routing = routing
         self._limits = limits or AdmissionLimits()
+        self.admission = Admission(self._limits)
         self._index = index or PrefixIndex(capacity=1 << 20)
 
     def handle(self, event: RouterEvent, now: float) -> list[RouterAction]:
         """Take one event; returns what to do, in order."""
+        actions = self._on_event(event, now)
+        if self.admission.queue and _may_make_room(event):
+            actions += self._start_waiting(now)
+        return actions
+
+    def _on_event(self, event: RouterEvent, now: float) -> list[RouterAction]:
         match event:
             case RequestSubmitted(request):
                 return self._submit(request, now)
@@ -137,18 +152,40 @@ class RouterPolicy:
 
     # beginning
 
+    def check(self, tenant: str) -> OverloadedError | None:
+        """Why no request of this tenant, however small, would come in now; None if one might."""
+        return self.admission.refusal(tenant, 0, None, self._room())
+
     def _submit(self, request: Request, now: float) -> list[RouterAction]:
-        loads = self.loads()
-        queued = sum(load.prefill_tokens for load in loads.values())
-        error = refusal(len(self.live), queued, self.workers.values(), self._limits)
+        error = self.admission.refusal(request.tenant, len(request.prompt_token_ids), request.timeout, self._room())
         if error is not None:
             return [DeliverFailure(request.request_id, error)]
-        place = self._place(request.prompt_token_ids, request, request.prefer, now)
-        if place is None:
-            raise ValueError("admission let a request in that no worker can take")
-        timeline = Timeline(arrived=now, split=place.route.prefill is not None, dispatched=now)
-        live = self.live[request.request_id] = LiveRequest(request, place.route, timeline)
-        return self._start(live, place)
+        self.live[request.request_id] = LiveRequest(request, NOWHERE, Timeline(arrived=now))
+        self.admission.enter(request, now)
+        return self._start_waiting(now)
+
+    def _start_waiting(self, now: float) -> list[RouterAction]:
+        """Begin what there is room for, in fair order; give up what has waited for too long."""
+        actions: list[RouterAction] = []
+        for request_id, error in self.admission.expired(now):
+            actions += [*self._end(request_id), DeliverFailure(request_id, error)]
+        while (next_id := self.admission.next(self._room())) is not None:
+            live = self.live[next_id]
+            place = self._place(live.request.prompt_token_ids, live.request, live.request.prefer, now)
+            if place is None:
+                break
+            self.admission.start(next_id, now)
+            live.timeline.dispatched, live.timeline.split = now, place.route.prefill is not None
+            actions += self._start(live, place)
+        return actions
+
+    def _room(self) -> Room:
+        pending = (
+            Pending(live.prefiller, live.route.decode, live.prefill_tokens)
+            for live in self._attempts.values()
+            if live.prefill_tokens
+        )
+        return Room(self.workers.values(), pending, self._limits.room)
 
     def _place(self, log: Sequence[int], request: Request, prefer: Preference, now: float) -> _Place | None:
         """Where a log is continued best; None if no worker is ready."""
@@ -182,7 +219,7 @@ class RouterPolicy:
         """What each worker has been given and not finished."""
         tokens: dict[WorkerId, int] = {}
         sequences: dict[WorkerId, int] = {}
-        for live in self.live.values():
+        for live in self._attempts.values():
             tokens[live.prefiller] = tokens.get(live.prefiller, 0) + live.prefill_tokens
             sequences[live.route.decode] = sequences.get(live.route.decode, 0) + 1
         return {worker: WorkerLoad(tokens.get(worker, 0), sequences.get(worker, 0)) for worker in {*tokens, *sequences}}
@@ -211,7 +248,7 @@ class RouterPolicy:
             live.prefill_tokens = 0
             if live.attempt == 1:  # what the client is told is how its prompt fared
                 live.num_cached_tokens = event.num_cached_tokens
-                live.timeline.queue_seconds = event.queue_seconds
+                live.timeline.queue_seconds = live.timeline.queued + event.queue_seconds
                 live.timeline.prefill_seconds = event.prefill_seconds
         return self._token(event.worker_id, event.output, now)
 
@@ -237,11 +274,14 @@ class RouterPolicy:
     def _end(self, request_id: str, finished_on: WorkerId | None = None) -> list[RouterAction]:
         """Forget a request and have every worker let go of it, except where it ended by itself."""
         live = self.live.pop(request_id, None)
-        return [] if live is None else self._let_go(live, finished_on)
+        if live is None:
+            return []
+        self.admission.leave(live.request)
+        return self._let_go(live, finished_on)
 
     def _let_go(self, live: LiveRequest, finished_on: WorkerId | None) -> list[RouterAction]:
         """Have the workers of this attempt stop, except where it has ended by itself."""
-        del self._attempts[live.attempt_id]
+        self._attempts.pop(live.attempt_id, None)  # one that waits has no attempt yet
         done = {finished_on, live.route.prefill if live.handed_over else None}
         return [AbortOn(worker, live.attempt_id) for worker in live.workers if worker not in done]
 
@@ -279,9 +319,18 @@ class RouterPolicy:
         place = None if prefer is None else self._place(log, live.request, prefer, now)
         if place is None:
             del self.live[live.request.request_id]
+            self.admission.leave(live.request)
             return [*actions, DeliverFailure(live.request.request_id, error)]
         self.retried += 1
         live.attempt += 1
         live.num_resumed = len(live.output_token_ids)
         live.early.clear()
         return actions + self._start(live, place)
+
+
+def _may_make_room(event: RouterEvent) -> bool:
+    """Whether something in the queue might start after it. Not after tokens in the middle of an answer; and a
+    submission has looked already."""
+    if isinstance(event, TokensMade):
+        return any(output.finish is not None for output in event.outputs)
+    return not isinstance(event, RequestSubmitted)

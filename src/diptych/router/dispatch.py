@@ -89,6 +89,12 @@ class Router:
             raise UnavailableError("no worker has registered yet", retry_after=1.0)
         return self._fleet.manifest.model
 
+    def check(self, tenant: str) -> None:
+        """Raises OverloadedError or UnavailableError if no request of this tenant would be accepted."""
+        error = self._policy.check(tenant)
+        if error is not None:
+            raise error
+
     def submit(self, request: Request) -> RequestStream:
         """Accept a request. Raises OverloadedError or UnavailableError."""
         now = self._clock.now()
