@@ -9,7 +9,7 @@ import pytest
 from front_fakes import FakeDispatcher, front_app, running_front
 
 from diptych.core.errors import ConfigError
-from diptych.front import http_protocol
+from diptych.front.http_protocol import ConnectionLimits
 from diptych.front.server import bind, serve
 
 BODY = b'{"model": "tiny", "prompt": "a", "max_tokens": 2}'
@@ -102,10 +102,11 @@ def test_body_that_does_not_come() -> None:
     assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
-def test_head_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.05)
-    assert send(POST) == (0, b"")
-    assert send(b"") == (0, b"")
+@pytest.mark.fault(21)
+def test_head_that_does_not_come() -> None:
+    limits = ConnectionLimits(head_seconds=0.05)
+    assert send(POST, connections=limits) == (0, b"")
+    assert send(b"", connections=limits) == (0, b"")
 
 
 def test_two_requests_on_one_connection() -> None:

@@ -10,6 +10,7 @@ from front_fakes import FakeDispatcher, ask, byte_level_tokenizer
 import diptych
 from diptych.core.errors import ConfigError
 from diptych.front.settings import FrontSettings
+from diptych.front.tenants import TenantKeys
 
 COMPLETION = {"model": "tiny", "prompt": "abc", "max_tokens": 4}
 
@@ -109,10 +110,15 @@ def test_with_a_key() -> None:
     assert dispatcher.streams[-1].request.cache_salt == ""
 
 
-@pytest.mark.parametrize("wrong", [{"api_keys": ("",)}, {"served_model_names": ()}, {"served_model_names": ("",)}])
+@pytest.mark.parametrize("wrong", [{"served_model_names": ()}, {"served_model_names": ("",)}])
 def test_settings_that_would_serve_nobody_or_everybody(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         FrontSettings(**{"served_model_names": ("tiny",)} | wrong)
+
+
+def test_an_empty_key_would_let_everybody_in() -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        TenantKeys.of(("right", ""))
 
 
 def test_open_paths_need_no_key() -> None:

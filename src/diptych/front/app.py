@@ -72,7 +72,7 @@ def create_app(dispatcher: Dispatcher, codec: TextCodec, settings: FrontSettings
         ],
         middleware=[
             Middleware(RequestIds),
-            Middleware(ApiKeys, keys=settings.api_keys, protected=PROTECTED),
+            Middleware(ApiKeys, keys=settings.keys, protected=PROTECTED),
         ],
         exception_handlers={
             DiptychError: on_diptych_error,

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from diptych.core.errors import ServingError
+from diptych.core.fleet import NOWHERE
 from diptych.core.ports import Dispatcher, TokenStream
 from diptych.core.timeline import Timeline
 from diptych.front.choice import Choice, Delta
@@ -70,11 +71,11 @@ class Generation:
             stream.cancel()
 
     def headers(self) -> dict[str, str]:
-        """What is known of route and time, at this moment."""
-        names = ", ".join(stream.route.header() for stream in self._streams)
+        """What is known of route and time, at this moment; a choice that waits for its turn has no route."""
+        names = ", ".join(stream.route.header() for stream in self._streams if stream.route != NOWHERE)
         phases = self._streams[0].timeline.server_timing()
         timing = ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in phases.items())
-        headers = {"x-diptych-route": names}
+        headers = {"x-diptych-route": names} if names else {}
         if timing:
             headers["server-timing"] = timing
         if self.request.ignored:
