@@ -204,6 +204,13 @@ async def running_front(
         yield server.url
 
 
+async def until(happened: Callable[[], bool]) -> None:
+    """Let the loop go on until it has happened, for which there is no event."""
+    async with asyncio.timeout(20):
+        while not happened():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 def ask(
     dispatcher: FakeDispatcher,
     path: str,

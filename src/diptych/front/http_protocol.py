@@ -144,10 +144,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return framing > self._limits.max_head_bytes + self._limits.framing_share * self._body_bytes
 
     def _refuse(self, error: DiptychError) -> None:
-        """Answer, and take nothing in any more. Bytes in the middle of an answer would be taken for a part of it."""
+        """Answer, and take nothing in any more. In the middle of another answer there is only the end."""
         self._head_is_complete()
-        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
-            self.transport.write(_response(error))
+        cycle = self.cycle
+        if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
+            self._refused = True
+            self.transport.close()
+            return
+        if cycle is not None and not cycle.response_complete:  # whoever waits for the rest of its body need not
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.write(_response(error))
         self._linger()
 
     def _linger(self) -> None:
