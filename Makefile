@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test check bench bench-handoff bench-survival docs clean
+.PHONY: serve test check bench bench-handoff bench-survival bench-overload docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -32,8 +32,12 @@ bench-handoff: $(VENV)/dev.stamp  ## KV hand-off rates beside memcpy and raw soc
 bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
 
+bench-overload: $(VENV)/dev.stamp  ## too much load, greedy tenants, slow and stubborn clients
+	$(BIN)/python -m diptych.bench.overload --json benchmarks/overload.json
+
 docs: $(VENV)/dev.stamp  ## regenerate what is generated
 	$(BIN)/python -m diptych.policy.handoff > docs/handoff.md
+	$(BIN)/python tests/fault_table.py > docs/faults.md
 
 # torch comes first and alone, so that the pinned (CPU) build is there before anything asks for "some torch".
 $(VENV)/torch.stamp: constraints.txt

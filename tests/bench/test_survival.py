@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from diptych.bench.survival import NUM_CLIENTS, Tally, measure
 
 
+@pytest.mark.fault(30, 32)
 def test_a_killed_worker_changes_no_answer() -> None:
     fields = asyncio.run(measure("decode", num_requests=6))
     assert fields["requests"] == fields["identical"] == 6 * NUM_CLIENTS

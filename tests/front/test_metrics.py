@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import pytest
 from front_fakes import FakeDispatcher, front_app
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -45,6 +46,7 @@ def test_requests_are_counted_by_their_end() -> None:
     assert found["diptych_worker_kv_blocks_used", (("role", "decode"), ("worker", "decode-0"))] == 3
 
 
+@pytest.mark.fault(55)
 def test_workers_are_bounded_and_leave_with_the_fleet() -> None:
     fleet = [
         WorkerView(worker_id=f"worker-{i}", role=Role.MIXED, state=WorkerState.READY, epoch=1)

@@ -72,12 +72,14 @@ def test_tokenize_chat_is_what_generation_gets() -> None:
     assert byte_level_tokenizer().encode("<|user|>a\nb<|end|>") == answer["tokens"]
 
 
+@pytest.mark.fault(10)
 def test_long_prompt_is_encoded_in_a_thread_to_the_same_tokens() -> None:
     text = "the cat sat " * 300
     answer = ask(FakeDispatcher(), "/tokenize", {"prompt": text}).json()
     assert answer["tokens"] == byte_level_tokenizer().encode(text)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize(
     "key", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic right", "Bearer rightx", "right"]
 )
@@ -91,12 +93,14 @@ def test_without_the_key(key: str | None, path: str) -> None:
     assert dispatcher.streams == []
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("key", ["Bearer schlüssel".encode(), b"Bearer \xff\xfe", b"Bearer " + b"x" * 1_000_000])
 def test_strange_keys(key: bytes) -> None:
     headers: Any = {"authorization": key}
     assert ask(FakeDispatcher(), "/v1/completions", COMPLETION, headers=headers, api_keys=("right",)).status_code == 401
 
 
+@pytest.mark.fault(57)
 def test_with_a_key() -> None:
     dispatcher = FakeDispatcher()
     for key in ("one", "two", "ключ"):

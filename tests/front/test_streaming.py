@@ -97,6 +97,7 @@ def test_headers_of_an_answer() -> None:
     assert two.headers["server-timing"].startswith("queue;dur=1.000, prefill;dur=20.000")
 
 
+@pytest.mark.fault(26, 65)
 def test_request_ids_are_echoed_but_not_used() -> None:
     dispatcher = FakeDispatcher()
     answers = [
@@ -194,6 +195,7 @@ async def next_data(lines: Any) -> str:
     raise AssertionError("the stream ended")
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("at", [0, 2])
@@ -221,6 +223,7 @@ def test_disconnect_cancels_every_choice(n: int, stream: bool, at: int) -> None:
     assert len(asyncio.run(run())) == n
 
 
+@pytest.mark.fault(22)
 def test_slow_reader_is_cancelled_in_the_end() -> None:
     async def run() -> bool:
         dispatcher = FakeDispatcher(lambda request: [97] * 10**6)

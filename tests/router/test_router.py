@@ -107,6 +107,7 @@ def test_a_split_request_from_submission_to_its_last_token() -> None:
     play(script)
 
 
+@pytest.mark.fault(23)
 def test_cancelling_aborts_in_both_pools() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -126,6 +127,7 @@ def renamed(token: TokenOutput, request_id: str) -> TokenOutput:
     return replace(token, request_id=request_id)
 
 
+@pytest.mark.fault(32)
 def test_a_lost_decode_worker_costs_a_pause_and_no_token() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -147,6 +149,7 @@ def test_a_lost_decode_worker_costs_a_pause_and_no_token() -> None:
     play(script)
 
 
+@pytest.mark.fault(30)
 def test_a_lost_prefill_worker_costs_a_pause_too() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -157,6 +160,7 @@ def test_a_lost_prefill_worker_costs_a_pause_too() -> None:
     play(script)
 
 
+@pytest.mark.fault(39, 43)
 def test_a_failed_handoff_is_followed_by_a_prefill_where_it_decodes() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -167,6 +171,7 @@ def test_a_failed_handoff_is_followed_by_a_prefill_where_it_decodes() -> None:
     play(script)
 
 
+@pytest.mark.fault(33)
 def test_with_nobody_left_the_stream_ends_with_the_reason() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -204,6 +209,7 @@ def test_a_request_that_fails_everybody_fails() -> None:
     play(script)
 
 
+@pytest.mark.fault(33)
 def test_without_workers_nothing_is_accepted() -> None:
     async def script(stage: Stage) -> None:
         assert not stage.router.ready()
@@ -213,6 +219,7 @@ def test_without_workers_nothing_is_accepted() -> None:
     play(script)
 
 
+@pytest.mark.fault(44, 45)
 @pytest.mark.parametrize(
     "misfit",
     [
@@ -236,6 +243,7 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(misfit: messages.
     play(script)
 
 
+@pytest.mark.fault(46)
 def test_a_newer_life_replaces_the_older_one() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -250,6 +258,7 @@ def test_a_newer_life_replaces_the_older_one() -> None:
     play(script)
 
 
+@pytest.mark.fault(36)
 def test_a_silent_worker_counts_as_lost() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -294,6 +303,7 @@ def test_the_names_of_the_servers_own_workers_are_taken() -> None:
     play(script)
 
 
+@pytest.mark.fault(37)
 def test_a_worker_that_leaves_finishes_what_it_has_and_gets_nothing_new() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
