@@ -13,6 +13,7 @@ from diptych.policy.admission import JITTER, Admission, AdmissionLimits, TenantL
 from diptych.policy.saturation import Pending, Room, RoomLimits
 
 RATE = 1000.0
+ROOM = RoomLimits(backlog_seconds=1.0, backlog_tokens=500)
 
 
 def view(name: str = "w", role: Role = Role.MIXED, state: WorkerState = WorkerState.READY, **stats: Any) -> WorkerView:
@@ -23,7 +24,7 @@ def view(name: str = "w", role: Role = Role.MIXED, state: WorkerState = WorkerSt
 
 
 def room(*pending: Pending, **stats: Any) -> Room:
-    return Room([view(**stats)], pending, RoomLimits())
+    return Room([view(**stats)], pending, ROOM)
 
 
 def request(name: str, tenant: str = "", prompt: int = 10, max_tokens: int = 10) -> Request:
@@ -54,7 +55,7 @@ def test_the_router_serves_so_many_requests_and_no_more() -> None:
 
 def test_without_a_ready_worker_nothing_comes_in() -> None:
     for state in (WorkerState.STARTING, WorkerState.DRAINING, WorkerState.LOST):
-        error = admission().refusal("", 0, None, Room([view(state=state)], (), RoomLimits()))
+        error = admission().refusal("", 0, None, Room([view(state=state)], (), ROOM))
         assert error is not None
         assert (error.status, error.code) == (503, "no_worker")
         assert error.retry_after > 0
@@ -164,6 +165,8 @@ def test_books_are_empty_in_the_end() -> None:
         ((), {}, 1000, True),
         ((Pending("w", "w", 999),), {}, 1, True),
         ((Pending("w", "w", 1000),), {}, 1, False),  # a second of prefill is ahead of it
+        ((Pending("w", "w", 499),), {"prefill_rate": 1.0}, 1, True),  # they may share a step
+        ((Pending("w", "w", 500),), {"prefill_rate": 1.0}, 1, False),
         ((Pending("w", "w", 1),) * 64, {}, 1, False),
         ((), {"blocks_used": 90}, 100, True),
         ((), {"blocks_used": 90}, 101, False),
@@ -177,7 +180,7 @@ def test_room_for_one_more(pending: tuple[Pending, ...], stats: dict[str, Any], 
 
 def test_room_needs_both_a_worker_that_prefills_and_one_that_decodes() -> None:
     pair = [view("p", Role.PREFILL), view("d", Role.DECODE)]
-    assert Room(pair, (), RoomLimits()).fits(10)
-    assert not Room(pair, [Pending("p", "d", 5000)], RoomLimits()).fits(10)
-    assert not Room([pair[0], view("d", Role.DECODE, blocks_used=100)], (), RoomLimits()).fits(10)
-    assert not Room([], (), RoomLimits())
+    assert Room(pair, (), ROOM).fits(10)
+    assert not Room(pair, [Pending("p", "d", 5000)], ROOM).fits(10)
+    assert not Room([pair[0], view("d", Role.DECODE, blocks_used=100)], (), ROOM).fits(10)
+    assert not Room([], (), ROOM)

@@ -133,7 +133,7 @@ def test_a_saturated_world_loses_nothing(seed: int) -> None:
     """A flood into workers with room for two prompts each, with deaths and departures, and every answer right."""
     roles = {"p0": Role.PREFILL, "d0": Role.DECODE, "m0": Role.MIXED}
     world = World(seed, roles, num_blocks=40)
-    world.router = RouterPolicy(Routing(), AdmissionLimits(room=RoomLimits(max_pending=2, backlog_seconds=0.01)))
+    world.router = RouterPolicy(Routing(), AdmissionLimits(room=RoomLimits(max_pending=2)))
     for worker in world.workers.values():
         world.route(WorkerUpdated(worker.view()))
     chance = random.Random(seed)

@@ -29,12 +29,15 @@ class RoomLimits:
     """What a worker is given ahead.
 
     Attributes:
-        backlog_seconds: of prefill, by its measured rate.
+        backlog_seconds: of prefill, by its measured rate; a tenant whose turn comes next waits for that long.
+        backlog_tokens: of prefill, however long they take: short prompts share steps, which pays only if there
+            are enough of them.
         max_pending: prompts without a first token.
         max_waiting: sequences that a decode worker says wait there.
     """
 
-    backlog_seconds: float = 1.0
+    backlog_seconds: float = 0.25
+    backlog_tokens: int = 1024
     max_pending: int = 64
     max_waiting: int = 4
 
@@ -76,9 +79,11 @@ class Room:
         )
 
     def _can_prefill(self, worker: WorkerView) -> bool:
-        backlog = self._cost.prefill_seconds(worker, self._backlog[worker.worker_id])
-        prompts = self._prompts[worker.worker_id]
-        return prompts < self._limits.max_pending and backlog < self._limits.backlog_seconds
+        if self._prompts[worker.worker_id] >= self._limits.max_pending:
+            return False
+        tokens = self._backlog[worker.worker_id]
+        seconds = self._cost.prefill_seconds(worker, tokens)
+        return tokens < self._limits.backlog_tokens or seconds < self._limits.backlog_seconds
 
     def _can_decode(self, worker: WorkerView, num_tokens: int) -> bool:
         promised = self._promised[worker.worker_id]
