@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from diptych.core.errors import DiptychError
-from diptych.core.fleet import ModelInfo, Role, Route, WorkerState, WorkerStats, WorkerView
+from diptych.core.fleet import ModelInfo, Role, Route, RouterStats, WorkerState, WorkerStats, WorkerView
 from diptych.core.request import FinishReason, Request, SampledToken, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.front.app import create_app
@@ -120,6 +120,9 @@ class FakeDispatcher:
             _worker("prefill-0", Role.PREFILL, WorkerState.READY, WorkerStats()),
             _worker("decode-0", Role.DECODE, WorkerState.LOST, stats),
         ]
+
+    def stats(self) -> RouterStats:
+        return RouterStats(running=1, waiting=2, waiting_tokens=30, retried=4, ignored=5)
 
     def alive(self) -> bool:
         return True

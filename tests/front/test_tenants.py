@@ -10,6 +10,7 @@ import pytest
 from front_fakes import FakeDispatcher, ask
 
 from diptych.core.errors import ConfigError, OverloadedError, ServingError
+from diptych.core.fleet import RouterStats
 from diptych.front.tenants import TenantKeys, read_tenants
 from diptych.policy.admission import TenantLimits
 from diptych.telemetry.prometheus import MAX_LABELS, ServerMetrics
@@ -135,7 +136,7 @@ def test_who_has_no_chance_is_refused_before_the_body_is_looked_at() -> None:
 
 @pytest.mark.fault(55)
 def test_metrics_tell_only_so_many_tenants_and_reasons_apart() -> None:
-    metrics = ServerMetrics(list)
+    metrics = ServerMetrics(list, RouterStats)
     for number in range(10 * MAX_LABELS):
         metrics.tenant_request(f"tenant-{number}")
         metrics.refused(f"code-{number}")

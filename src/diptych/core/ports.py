@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from diptych.core.fleet import ModelInfo, Route, WorkerView
+from diptych.core.fleet import ModelInfo, Route, RouterStats, WorkerView
 from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
 from diptych.core.request import Request, SampledToken, TokenOutput
 from diptych.core.sequence import Batch
@@ -128,6 +128,8 @@ class Dispatcher(Protocol):
         ...
 
     def workers(self) -> list[WorkerView]: ...
+
+    def stats(self) -> RouterStats: ...
 
     def alive(self) -> bool:
         """The router's own loop beats."""

@@ -43,7 +43,7 @@ def create_app(dispatcher: Dispatcher, codec: TextCodec, settings: FrontSettings
 
     Every answer has `x-request-id`; every error has OpenAI's shape.
     """
-    metrics = ServerMetrics(dispatcher.workers)
+    metrics = ServerMetrics(dispatcher.workers, dispatcher.stats)
     encoder = PromptEncoder(codec, dispatcher.model.max_model_len)
     builder = RequestBuilder(encoder, dispatcher.model, settings)
     generate = GenerationRoutes(dispatcher, codec, builder, settings, metrics)

@@ -42,7 +42,7 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import NOWHERE, Route, WorkerId, WorkerView
+from diptych.core.fleet import NOWHERE, Route, RouterStats, WorkerId, WorkerView
 from diptych.core.request import Preference, Request, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.policy.admission import Admission, AdmissionLimits
@@ -223,6 +223,16 @@ class RouterPolicy:
             tokens[live.prefiller] = tokens.get(live.prefiller, 0) + live.prefill_tokens
             sequences[live.route.decode] = sequences.get(live.route.decode, 0) + 1
         return {worker: WorkerLoad(tokens.get(worker, 0), sequences.get(worker, 0)) for worker in {*tokens, *sequences}}
+
+    def stats(self) -> RouterStats:
+        queue = self.admission.queue
+        return RouterStats(
+            running=len(self.live) - len(queue),
+            waiting=len(queue),
+            waiting_tokens=queue.prompt_tokens,
+            retried=self.retried,
+            ignored=self.ignored,
+        )
 
     def is_needed(self, worker_id: WorkerId) -> bool:
         """Whether a live request still depends on this worker."""

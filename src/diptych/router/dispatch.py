@@ -31,7 +31,7 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import ModelInfo, Role, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import ModelInfo, Role, RouterStats, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Request, TokenOutput
 from diptych.policy.dispatch import RouterPolicy
 from diptych.router.fleet import FleetRegistry, WorkerLink
@@ -119,6 +119,9 @@ class Router:
             if worker_id not in self._fleet.links
         ]
         return sorted(views + missing, key=lambda view: view.worker_id)
+
+    def stats(self) -> RouterStats:
+        return self._policy.stats()
 
     def alive(self) -> bool:
         return self._clock.now() - self._last_beat < 5 * BEAT_SECONDS

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from diptych.core.fleet import WorkerView
+from diptych.core.fleet import RouterStats, WorkerView
 from diptych.core.timeline import Timeline
 
 MAX_WORKERS = 256  # label values of `worker`; a fleet with more shows its first ones
@@ -26,11 +26,13 @@ class ServerMetrics:
 
     Args:
         workers: the fleet at the moment of a scrape.
+        router: the router's load and counts then.
     """
 
-    def __init__(self, workers: Callable[[], list[WorkerView]]) -> None:
+    def __init__(self, workers: Callable[[], list[WorkerView]], router: Callable[[], RouterStats]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(FleetCollector(workers))
+        registry.register(RouterCollector(router))
         self._requests = Counter("diptych_requests", "Requests, by how they ended", ["outcome"], registry=registry)
         for outcome in OUTCOMES:
             self._requests.labels(outcome)
@@ -123,6 +125,24 @@ class FleetCollector(Collector):
             for worker in workers:
                 family.add_metric([worker.worker_id, worker.role], value(worker))
             yield family
+
+
+class RouterCollector(Collector):
+    """Reads the router when it is scraped."""
+
+    def __init__(self, router: Callable[[], RouterStats]) -> None:
+        self._router = router
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._router()
+        yield GaugeMetricFamily("diptych_router_running", "Requests that workers have", stats.running)
+        yield GaugeMetricFamily("diptych_router_waiting", "Requests in the queue", stats.waiting)
+        yield GaugeMetricFamily("diptych_router_waiting_tokens", "Prompt tokens in the queue", stats.waiting_tokens)
+        yield CounterMetricFamily("diptych_router_retried", "Attempts after the first", stats.retried)
+        yield CounterMetricFamily("diptych_router_ignored", "Messages that came too late, or twice", stats.ignored)
 
 
 def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
