@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diptych.core.errors import OverloadedError
-from diptych.core.fleet import Role, WorkerState, WorkerStats, WorkerView
+from diptych.core.fleet import Role, Route, WorkerState, WorkerStats, WorkerView
 from diptych.core.request import Request, SamplingParams
 from diptych.policy.admission import JITTER, Admission, AdmissionLimits, TenantLimits
 from diptych.policy.saturation import Pending, Room, RoomLimits
@@ -175,12 +175,15 @@ def test_books_are_empty_in_the_end() -> None:
     ],
 )
 def test_room_for_one_more(pending: tuple[Pending, ...], stats: dict[str, Any], tokens: int, fits: bool) -> None:
-    assert room(*pending, **stats).fits(tokens) is fits
+    assert room(*pending, **stats).fits(Route("w"), tokens) is fits
 
 
-def test_room_needs_both_a_worker_that_prefills_and_one_that_decodes() -> None:
+def test_room_on_both_ends_of_a_route() -> None:
     pair = [view("p", Role.PREFILL), view("d", Role.DECODE)]
-    assert Room(pair, (), ROOM).fits(10)
-    assert not Room(pair, [Pending("p", "d", 5000)], ROOM).fits(10)
-    assert not Room([pair[0], view("d", Role.DECODE, blocks_used=100)], (), ROOM).fits(10)
+    split, local = Route("d", "p", "shm"), Route("d")
+    assert Room(pair, (), ROOM).fits(split, 10)
+    busy = Room(pair, [Pending("p", "d", 5000)], RoomLimits())
+    assert not busy.fits(split, 10)
+    assert Room(pair, [Pending("p", "p", 5000)], ROOM).fits(local, 10)  # who prefills elsewhere need not wait
+    assert not Room([pair[0], view("d", Role.DECODE, blocks_used=100)], (), ROOM).fits(split, 10)
     assert not Room([], (), ROOM)

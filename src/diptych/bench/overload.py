@@ -201,7 +201,7 @@ async def measure_slow_loris(server: RunningServer, seconds: float) -> Fields:
         capacity = await measure_capacity(client, requests, seconds / 2)
         alone = [await offer(client, requests, 0.4 * capacity, seconds)]
         async with _slow_connections(server.url) as closed:
-            beside = await offer(client, requests, 0.4 * capacity, seconds + 10)
+            beside = await offer(client, requests, 0.4 * capacity, seconds + 24)
             num_closed = closed()
         alone.append(await offer(client, requests, 0.4 * capacity, seconds))
     p99 = max(load.ttft(99) for load in alone)

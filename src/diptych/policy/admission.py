@@ -140,12 +140,12 @@ class Admission:
 
     def wait_seconds(self, tenant: str, room: Room) -> float:
         """Estimate of how long a request of this tenant would wait for its first token, its own prefill apart:
-        what is dispatched, and what will leave the queue before it. Of others that is at most what their
+        what a worker has been given, and what will leave the queue before it. Of others that is at most what their
         weights entitle them to while the tenant's own requests leave."""
         rate = min(room.prefill_rate, self._drain.rate)
         weights = {name: self._limits.of(name).weight for name in (*self.queue.backlogged(), tenant)}
         own = self.queue.tokens_of(tenant) * sum(weights.values()) / weights[tenant]
-        return room.pending_tokens / room.prefill_rate + min(self.queue.prompt_tokens, own) / rate
+        return room.busy_seconds + min(self.queue.prompt_tokens, own) / rate
 
     def enter(self, request: Request, now: float) -> None:
         """The request is accepted, and waits."""
@@ -154,9 +154,9 @@ class Admission:
         self.queue.push(request, now)
 
     def next(self, room: Room) -> str | None:
-        """The request that may start now, if any."""
+        """The request whose turn it is, if any."""
         waiting = self.queue.first(lambda tenant: self._within_share(tenant, room))
-        return waiting.request_id if waiting is not None and room.fits(waiting.prompt_tokens) else None
+        return None if waiting is None else waiting.request_id
 
     def start(self, request_id: str, now: float) -> None:
         """The request leaves the queue to be served."""

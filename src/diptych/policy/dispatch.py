@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from diptych.core.actions import (
     AbortOn,
@@ -28,7 +29,7 @@ from diptych.core.actions import (
     StartLocal,
     StartPrefill,
 )
-from diptych.core.blocks import block_hashes
+from diptych.core.blocks import BlockHash, block_hashes
 from diptych.core.errors import OverloadedError, ServingError
 from diptych.core.events import (
     BlocksCached,
@@ -169,11 +170,12 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         for request_id, error in self.admission.expired(now):
             actions += [*self._end(request_id), DeliverFailure(request_id, error)]
-        while (next_id := self.admission.next(self._room())) is not None:
+        while (next_id := self.admission.next(room := self._room())) is not None:
             live = self.live[next_id]
-            place = self._place(live.request.prompt_token_ids, live.request, live.request.prefer, now)
-            if place is None:
-                break
+            prompt = live.request.prompt_token_ids
+            place = self._place(prompt, live.request, live.request.prefer, now)
+            if place is None or not room.fits(place.route, len(prompt)):
+                break  # where it is served best they are busy: that is sooner done than what is second best
             self.admission.start(next_id, now)
             live.timeline.dispatched, live.timeline.split = now, place.route.prefill is not None
             actions += self._start(live, place)
@@ -209,7 +211,7 @@ class RouterPolicy:
         sizes = {worker.block_size for worker in self.workers.values()}
         cached: dict[WorkerId, int] = {}
         for size in sizes:
-            hashes = block_hashes(log, size, salt)
+            hashes = _block_hashes(tuple(log), size, salt)
             for worker_id, blocks in self._index.match(hashes).items():
                 if worker_id in self.workers and self.workers[worker_id].block_size == size:
                     cached[worker_id] = blocks * size
@@ -336,6 +338,12 @@ class RouterPolicy:
         live.num_resumed = len(live.output_token_ids)
         live.early.clear()
         return actions + self._start(live, place)
+
+
+@lru_cache(maxsize=8)
+def _block_hashes(log: tuple[int, ...], block_size: int, salt: str) -> list[BlockHash]:
+    """Those of a request whose turn it is are asked for again and again until there is room."""
+    return block_hashes(log, block_size, salt)
 
 
 def _may_make_room(event: RouterEvent) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diptych.core.blocks import blocks_for
-from diptych.core.fleet import Role, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import Role, Route, WorkerId, WorkerState, WorkerView
 from diptych.policy.cost_model import CostModel
 
 
@@ -48,13 +48,14 @@ class Room:
     Attributes:
         prefill_rate: tokens/s of all that prefill; 0 if nobody can.
         kv_tokens: what the KV caches of all that decode hold.
-        pending_tokens: to compute until every dispatched request has its first token.
+        busy_seconds: until the first of those that prefill has done what it was given.
     """
 
     def __init__(self, workers: Iterable[WorkerView], pending: Iterable[Pending], limits: RoomLimits) -> None:
         ready = [worker for worker in workers if worker.state is WorkerState.READY]
-        self._prefillers = [worker for worker in ready if worker.role is not Role.DECODE] or ready
-        self._decoders = [worker for worker in ready if worker.role is not Role.PREFILL] or ready
+        prefillers = [worker for worker in ready if worker.role is not Role.DECODE] or ready
+        decoders = [worker for worker in ready if worker.role is not Role.PREFILL] or ready
+        self._workers = {worker.worker_id: worker for worker in ready}
         self._limits = limits
         self._cost = CostModel()
         self._backlog: Counter[WorkerId] = Counter()
@@ -64,26 +65,29 @@ class Room:
             self._backlog[request.prefiller] += request.tokens
             self._prompts[request.prefiller] += 1
             self._promised[request.decoder] += request.tokens
-        self.pending_tokens = self._backlog.total()
-        self.prefill_rate = sum(1 / self._cost.prefill_seconds(worker, 1) for worker in self._prefillers)
-        self.kv_tokens = sum(worker.num_blocks * worker.block_size for worker in self._decoders)
+        self.busy_seconds = min(map(self._backlog_seconds, prefillers), default=0.0)
+        self.prefill_rate = sum(1 / self._cost.prefill_seconds(worker, 1) for worker in prefillers)
+        self.kv_tokens = sum(worker.num_blocks * worker.block_size for worker in decoders)
 
     def __bool__(self) -> bool:
         """Somebody is ready to serve."""
-        return bool(self._decoders)
+        return bool(self._workers)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a log of that many tokens can be started now. An idle worker takes whatever comes."""
-        return any(map(self._can_prefill, self._prefillers)) and any(
-            self._can_decode(worker, num_tokens) for worker in self._decoders
-        )
+    def fits(self, route: Route, num_tokens: int) -> bool:
+        """Whether a log of that many tokens can be started there now. An idle worker takes whatever comes."""
+        prefiller, decoder = self._workers[route.prefill or route.decode], self._workers[route.decode]
+        return self._can_prefill(prefiller) and self._can_decode(decoder, num_tokens)
 
     def _can_prefill(self, worker: WorkerView) -> bool:
         if self._prompts[worker.worker_id] >= self._limits.max_pending:
             return False
-        tokens = self._backlog[worker.worker_id]
-        seconds = self._cost.prefill_seconds(worker, tokens)
-        return tokens < self._limits.backlog_tokens or seconds < self._limits.backlog_seconds
+        return (
+            self._backlog[worker.worker_id] < self._limits.backlog_tokens
+            or self._backlog_seconds(worker) < self._limits.backlog_seconds
+        )
+
+    def _backlog_seconds(self, worker: WorkerView) -> float:
+        return self._cost.prefill_seconds(worker, self._backlog[worker.worker_id])
 
     def _can_decode(self, worker: WorkerView, num_tokens: int) -> bool:
         promised = self._promised[worker.worker_id]
