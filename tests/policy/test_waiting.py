@@ -11,6 +11,7 @@ from diptych.core.actions import AbortOn, DeliverFailure, RouterAction, StartLoc
 from diptych.core.events import (
     FirstTokenMade,
     RequestCancelled,
+    RequestFailed,
     RequestSubmitted,
     TokensMade,
     WorkerGone,
@@ -80,6 +81,15 @@ def test_a_client_that_leaves_the_queue_costs_nobody_anything() -> None:
     policy.handle(RequestCancelled("a0"), 0.0)
     assert AbortOn("m0", "a2") in policy.handle(RequestCancelled("a2"), 0.0)
     assert (policy.live, len(policy.admission.queue)) == ({}, 0)
+
+
+def test_a_request_that_fails_for_good_leaves_the_books_and_its_place() -> None:
+    policy = router()
+    submit(policy, "a0", "a1")
+    actions = policy.handle(RequestFailed("m0", "a0", "engine_corrupt", "not finite"), 0.0)
+    assert [type(action) for action in actions] == [DeliverFailure, StartLocal]
+    policy.handle(RequestFailed("m0", "a1", "engine_corrupt", "not finite"), 0.0)
+    assert (policy.live, policy.stats().waiting, policy.admission._usage) == ({}, 0, {})
 
 
 def test_what_waits_survives_the_only_worker() -> None:

@@ -84,8 +84,6 @@ class FairQueue:
         cost = tokens + request.sampling.max_tokens
         self._waiting[request.request_id] = Waiting(request.request_id, request.tenant, tokens, cost, now)
         tenant = self._tenants.setdefault(request.tenant, _Tenant(self._virtual))
-        if tenant.size == 0:
-            tenant.virtual = max(tenant.virtual, self._virtual)
         rank = now + request.priority * self._aging_seconds
         heapq.heappush(tenant.heap, (rank, self._arrivals, request.request_id))
         self._arrivals += 1
@@ -107,7 +105,7 @@ class FairQueue:
     def take(self, request_id: str) -> Waiting:
         """The request leaves to be served, at its tenant's expense. Raises KeyError if it does not wait.
 
-        A tenant that was passed over because it was not eligible does not get the lost time back."""
+        A tenant that was idle, or passed over because it was not eligible, does not get the lost time back."""
         waiting = self._waiting[request_id]
         tenant = self._tenants[waiting.tenant]
         self._virtual = max(self._virtual, tenant.virtual)
