@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test test-parallel check bench bench-handoff bench-survival fault-sim kill-matrix soak docs clean
+.PHONY: serve test test-parallel check bench bench-handoff bench-survival bench-overload fault-sim kill-matrix soak docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -46,8 +46,12 @@ MINUTES ?= 20
 soak: $(VENV)/dev.stamp  ## mixed load for MINUTES: memory, descriptors, threads and blocks that do not come back
 	OMP_NUM_THREADS=1 $(BIN)/python -m diptych.bench.soak --minutes $(MINUTES) --json benchmarks/soak.json $(ARGS)
 
+bench-overload: $(VENV)/dev.stamp  ## too much load, greedy tenants, slow and stubborn clients
+	$(BIN)/python -m diptych.bench.overload --json benchmarks/overload.json
+
 docs: $(VENV)/dev.stamp  ## regenerate what is generated
 	$(BIN)/python -m diptych.policy.handoff > docs/handoff.md
+	$(BIN)/python tests/fault_table.py > docs/faults.md
 
 # torch comes first and alone, so that the pinned (CPU) build is there before anything asks for "some torch".
 $(VENV)/torch.stamp: constraints.txt

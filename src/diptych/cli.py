@@ -87,8 +87,13 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     max_batch_tokens: MaxBatchTokens = 512,
     max_sequences: MaxSequences = 64,
     max_requests: Annotated[int, Option(min=1, help="Streams served or queued at once; beyond that 429.")] = 1024,
+    max_queue_seconds: Annotated[
+        float, Option(min=0.001, help="Requests that would wait longer for their turn get 429.")
+    ] = 60.0,
+    max_connections: Annotated[int, Option(min=1, help="Connections of clients at once; beyond that 503.")] = 8192,
     served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
     api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
+    tenants: Annotated[Path | None, Option(help="TOML file of tenants: keys, weights and limits.")] = None,
     engine: EngineKind = "torch",
     listen: Annotated[str | None, Option(help="HOST:PORT where workers of other machines may join.")] = None,
     key_file: Annotated[Path | None, Option(help="Secret that they share with this server; made if missing.")] = None,
@@ -102,6 +107,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
 ) -> None:
     """Serve a model through a prefill and a decode pool, with an OpenAI-compatible API."""
     from diptych import serve as composition
+    from diptych.front.tenants import Tenants, read_tenants
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if listen is not None and key_file is None:
@@ -126,6 +132,9 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
             api_keys=tuple(api_key or ()),
             served_model_names=tuple(served_model_name or ()),
             max_requests=max_requests,
+            max_queue_seconds=max_queue_seconds,
+            max_connections=max_connections,
+            tenants=Tenants() if tenants is None else read_tenants(tenants),
         ),
         join=None
         if listen is None or key_file is None

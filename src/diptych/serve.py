@@ -24,9 +24,11 @@ from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
 from diptych.fleet.placement import place
 from diptych.front.app import create_app
-from diptych.front.server import bind
+from diptych.front.http_protocol import ConnectionLimits
+from diptych.front.server import bind, connection_limits
 from diptych.front.server import serve as http_serve
 from diptych.front.settings import FrontSettings
+from diptych.front.tenants import TenantKeys, Tenants
 from diptych.front.tokenizer import ByteTokenizer, Tokenizer
 from diptych.policy.admission import AdmissionLimits
 from diptych.policy.dispatch import RouterPolicy
@@ -87,6 +89,23 @@ class HttpSettings:
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
     max_requests: int = 1024
+    max_queue_seconds: float = 60.0
+    max_connections: int = 8192
+    tenants: Tenants = field(default_factory=Tenants)
+
+    @property
+    def keys(self) -> TenantKeys:
+        """Those of the flags, and those of the tenants."""
+        return TenantKeys(TenantKeys.of(self.api_keys).owners + self.tenants.keys.owners)
+
+    @property
+    def admission(self) -> AdmissionLimits:
+        return AdmissionLimits(
+            max_requests=self.max_requests,
+            max_queue_seconds=self.max_queue_seconds,
+            anybody=self.tenants.anybody,
+            tenants=self.tenants.limits,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +204,7 @@ class _Fleet:
 async def _serve(settings: ServeSettings) -> None:
     signals = OperatorSignals()
     draining, stopping = asyncio.create_task(signals.drain.wait()), asyncio.create_task(signals.stop.wait())
+    connections = connection_limits(settings.http.max_connections)
     sock = bind(settings.http.host, settings.http.port)  # before the workers load: a port in use is known at once
     async with _fleet(settings) as fleet:
         await asyncio.wait({fleet.started, fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
@@ -192,7 +212,7 @@ async def _serve(settings: ServeSettings) -> None:
             raise fleet.failed.result()
         if not signals.drain.is_set():
             signals.on_hangup(fleet.workers.restart_each)
-            async with _front(settings, fleet, sock):
+            async with _front(settings, fleet, sock, connections):
                 await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
                 drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
                 await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -204,19 +224,21 @@ async def _serve(settings: ServeSettings) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _front(settings: ServeSettings, fleet: _Fleet, sock: socket.socket) -> AsyncIterator[None]:
+async def _front(
+    settings: ServeSettings, fleet: _Fleet, sock: socket.socket, connections: ConnectionLimits
+) -> AsyncIterator[None]:
     """The HTTP server, announced on the screen."""
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
     names = settings.http.served_model_names or (settings.engine.served_name,)
     front = FrontSettings(
         served_model_names=names,
-        api_keys=settings.http.api_keys,
+        keys=settings.http.keys,
         max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
     )
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
-    async with http_serve(app, sock) as server:
+    async with http_serve(app, sock, limits=connections) as server:
         fleet.screen.ready(server.url, names[0], fleet.router, example)
         yield
 
@@ -243,7 +265,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
 
         policy = RouterPolicy(
             Routing(transports=settings.transports),
-            AdmissionLimits(max_requests=settings.http.max_requests),
+            settings.http.admission,
         )
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)

@@ -110,6 +110,7 @@ def test_a_split_request_from_submission_to_its_last_token() -> None:
     play(script)
 
 
+@pytest.mark.fault(23)
 def test_cancelling_aborts_in_both_pools() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -129,6 +130,7 @@ def renamed(token: TokenOutput, request_id: str) -> TokenOutput:
     return replace(token, request_id=request_id)
 
 
+@pytest.mark.fault(32)
 def test_a_lost_decode_worker_costs_a_pause_and_no_token() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -149,6 +151,7 @@ def test_a_lost_decode_worker_costs_a_pause_and_no_token() -> None:
     play(script)
 
 
+@pytest.mark.fault(30)
 def test_a_lost_prefill_worker_costs_a_pause_too() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -159,6 +162,7 @@ def test_a_lost_prefill_worker_costs_a_pause_too() -> None:
     play(script)
 
 
+@pytest.mark.fault(39, 43)
 def test_a_failed_handoff_is_followed_by_a_prefill_where_it_decodes() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -169,6 +173,7 @@ def test_a_failed_handoff_is_followed_by_a_prefill_where_it_decodes() -> None:
     play(script)
 
 
+@pytest.mark.fault(33)
 def test_with_nobody_left_the_stream_waits_for_somebody_to_come_back() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -231,6 +236,7 @@ def test_what_is_the_request_s_own_fault_is_not_tried_again(code: str) -> None:
     play(script)
 
 
+@pytest.mark.fault(33)
 def test_without_workers_nothing_is_accepted() -> None:
     async def script(stage: Stage) -> None:
         assert not stage.router.ready()
@@ -240,6 +246,7 @@ def test_without_workers_nothing_is_accepted() -> None:
     play(script)
 
 
+@pytest.mark.fault(44, 45)
 @pytest.mark.parametrize(
     "misfit",
     [
@@ -299,6 +306,7 @@ def test_a_hello_of_another_shape_is_refused_with_both_versions_in_mind() -> Non
     play(script)
 
 
+@pytest.mark.fault(46)
 def test_a_newer_life_replaces_the_older_one() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -313,6 +321,7 @@ def test_a_newer_life_replaces_the_older_one() -> None:
     play(script)
 
 
+@pytest.mark.fault(36)
 def test_a_silent_worker_counts_as_lost() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -356,6 +365,7 @@ def test_the_names_of_the_servers_own_workers_are_taken() -> None:
     play(script)
 
 
+@pytest.mark.fault(37)
 def test_a_decode_worker_that_leaves_hands_its_streams_over_with_their_kv() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)

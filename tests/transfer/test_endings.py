@@ -192,6 +192,7 @@ def test_a_mapped_writer_that_breaks_the_rules_is_gone_only_when_it_hangs_up(tmp
         assert made.receiver.book.counts == {"broken connection": 1}
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("version", [WIRE_VERSION - 1, WIRE_VERSION + 1])
 def test_another_wire_version_is_refused(version: int, tmp_path: Path) -> None:
     with world("tcp", tmp_path) as made:

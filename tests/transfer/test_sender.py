@@ -284,6 +284,7 @@ def test_a_broken_link_is_reported_once_with_what_was_under_way(transport: str, 
         assert made.events.empty
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 @pytest.mark.parametrize("silent", ["welcome", "leave"])
 def test_a_target_that_falls_silent(

@@ -106,6 +106,17 @@ class WorkerView:
         return self.num_blocks - self.stats.blocks_used
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStats:
+    """The router's own load, now, and its counts since start."""
+
+    running: int = 0  # requests that workers have
+    waiting: int = 0  # requests in the queue
+    waiting_tokens: int = 0  # of their prompts
+    retried: int = 0  # attempts after the first
+    ignored: int = 0  # messages about requests that are over, and tokens that came twice
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where a request is served. `prefill` is None when it is prefilled where it decodes."""

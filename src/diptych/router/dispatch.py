@@ -33,7 +33,7 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import ModelInfo, Role, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import ModelInfo, Role, RouterStats, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Request, TokenOutput
 from diptych.policy.admission import RESTART_SECONDS
 from diptych.policy.dispatch import RouterPolicy
@@ -96,6 +96,12 @@ class Router:
             raise UnavailableError("no worker has registered yet", retry_after=1.0)
         return self._fleet.manifest.model
 
+    def check(self, tenant: str) -> None:
+        """Raises OverloadedError or UnavailableError if no request of this tenant would be accepted."""
+        error = self._policy.check(tenant)
+        if error is not None:
+            raise error
+
     def submit(self, request: Request) -> RequestStream:
         """Accept a request. Raises OverloadedError or UnavailableError."""
         if self._draining:
@@ -119,6 +125,9 @@ class Router:
             if worker_id not in self._fleet.links
         ]
         return sorted(views + missing, key=lambda view: view.worker_id)
+
+    def stats(self) -> RouterStats:
+        return self._policy.stats()
 
     def alive(self) -> bool:
         return self._clock.now() - self._last_beat < 5 * BEAT_SECONDS
