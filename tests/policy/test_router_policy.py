@@ -9,11 +9,14 @@ from diptych.core import events as on
 from diptych.core.errors import UnavailableError
 from diptych.core.fleet import Role, WorkerState, WorkerView
 from diptych.core.request import FinishReason, Preference, Request, SampledToken, SamplingParams, TokenOutput
+from diptych.policy.admission import AdmissionLimits
 from diptych.policy.deadlines import Deadlines
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.recovery import POISON_CRASHES, RecoverySettings
 from diptych.policy.routing import Routing
+from diptych.policy.saturation import RoomLimits
 
+ENDLESS_ROOM = AdmissionLimits(room=RoomLimits(backlog_tokens=1 << 30, max_pending=1 << 30, max_waiting=1 << 30))
 LIMITS = Deadlines(queue=60.0, reserve=50.0, first_token=40.0, stall=10.0, total=300.0, canary=5.0, drain=20.0)
 SPLIT, LOCAL = Preference.SPLIT, Preference.LOCAL
 
@@ -22,7 +25,7 @@ class Router:
     """A policy and its clock. What it orders is in `said` until somebody reads it."""
 
     def __init__(self, *workers: str) -> None:
-        self.policy = RouterPolicy(Routing(), recovery=RecoverySettings(deadlines=LIMITS))
+        self.policy = RouterPolicy(Routing(), ENDLESS_ROOM, recovery=RecoverySettings(deadlines=LIMITS))
         self.now = 0.0
         self.said: list[do.RouterAction] = []
         for name in workers:

@@ -98,7 +98,10 @@ def test_what_waits_survives_the_only_worker() -> None:
     gone = policy.handle(WorkerGone("m0"), 1.0)
     assert started(gone) == []
     assert "a1" in policy.live
-    assert started(policy.handle(WorkerUpdated(WORKER), 2.0))[-1] == "a1"
+    assert started(policy.handle(WorkerUpdated(WORKER), 2.0)) == ["canary~1"]  # it has died, and is tried out first
+    done = TokenOutput("canary~1", 0, SampledToken(7), FinishReason.LENGTH)
+    assert started(policy.handle(FirstTokenMade("m0", done, 0, 0.0, 0.0), 2.1)) == ["a0~2"]
+    assert started(first_token(policy, "a0~2", 2.2)) == ["a1"]
 
 
 def test_what_waits_too_long_is_given_up_and_the_rest_goes_on() -> None:
