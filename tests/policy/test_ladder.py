@@ -48,9 +48,12 @@ def route_of(world: World, request_id: str = "r") -> str:
 def test_the_same_kv_goes_to_another_decode_worker(seed: int) -> None:
     """The decode worker dies before it has accepted: the prefill worker has the prompt's KV still."""
     world = World(seed, FLEET)
+    world.submit(split("other"))
     world.submit(split())
+    world.cancel("other")  # so that without a reason r would not go where it is
     run_until_tokens(world, 1)
     prefill, decode = world.router.live["r"].route.prefill, world.router.live["r"].route.decode
+    assert prefill == "p1"
     world.kill(decode, back=False)
     assert route_of(world) == f"prefill={prefill};decode={'d1' if decode == 'd0' else 'd0'};transport=shm"
     world.run()

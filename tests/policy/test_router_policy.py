@@ -191,6 +191,17 @@ def test_the_queue_has_an_end() -> None:
     assert "worker d1 was lost" in router.error().message
 
 
+def test_what_fails_everywhere_for_no_known_reason_has_an_end() -> None:
+    router = Router("m0", "m1")
+    router.submit(prefer=LOCAL)
+    while live := router.policy.live.get("r"):
+        if name := running_on(router):
+            router.handle(on.RequestFailed(name, live.attempt_id, "bad_luck", "again"))
+        router.at(router.now + 0.5)
+    assert 60.0 < router.now < 120.0
+    assert (router.error().code, "again" in router.error().message) == ("queue_timeout", True)
+
+
 @pytest.mark.parametrize(("timeout", "ends"), [(None, 300.0), (12.0, 12.0), (900.0, 300.0)])
 def test_a_request_has_an_end_which_the_client_may_bring_forward(timeout: float | None, ends: float) -> None:
     router = Router("m0")
@@ -234,6 +245,17 @@ def test_what_kills_workers_is_ended_after_three_and_says_so() -> None:
     assert killed == POISON_CRASHES
     [failure] = [action for action in router.said if isinstance(action, do.DeliverFailure)]
     assert (failure.error.code, failure.error.status) == ("poison_request", 500)
+
+
+def test_when_everybody_dies_at_once_that_is_no_request_s_fault() -> None:
+    """Deaths are noticed one after the other, so that the stream is sent to a worker that is dead already."""
+    names = ("m0", "m1", "m2", "m3")
+    router = Router(*names)
+    router.submit(prefer=LOCAL)
+    router.now = 1.0
+    for name in sorted(names, key=lambda name: name != running_on(router)):
+        router.handle(on.WorkerGone(name))
+    assert router.policy.live["r"].crashes == 1
 
 
 def test_progress_clears_a_request_of_suspicion() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from diptych.core.clock import VirtualClock
 from diptych.core.errors import ServingError, UnavailableError
-from diptych.core.fleet import KVEndpoint, Manifest, ModelInfo, Role
+from diptych.core.fleet import KVEndpoint, Manifest, ModelInfo, Role, WorkerStats
 from diptych.core.kv_layout import KVLayout
 from diptych.core.request import FinishReason, Request, SampledToken, TokenOutput
 from diptych.policy.dispatch import RouterPolicy
@@ -43,8 +43,8 @@ class Stage:
         self.silent: list[str] = []
         callbacks = FleetCallbacks(on_silent=self.silent.append)
         expected = {"p0": Role.PREFILL, "d0": Role.DECODE}
-        policy = RouterPolicy(Routing())
-        self.router = Router(policy, self.clock, NoJournal(), expected=expected, callbacks=callbacks)
+        self.policy = RouterPolicy(Routing())
+        self.router = Router(self.policy, self.clock, NoJournal(), expected=expected, callbacks=callbacks)
         self.tasks: list[asyncio.Task[None]] = []
 
     def connect(self) -> MemoryChannel[Any]:
@@ -321,6 +321,20 @@ def test_a_newer_life_replaces_the_older_one() -> None:
     play(script)
 
 
+def test_what_an_older_life_said_last_is_not_taken_for_the_newer_one_s() -> None:
+    async def script(stage: Stage) -> None:
+        _, decode = await stage.pair()
+        newer = stage.connect()
+        newer.send(hello("d0", Role.DECODE, epoch=2))
+        decode.send(messages.Heartbeat(WorkerStats(running=9)))  # read when the newer one has registered
+        assert isinstance(await anext(newer), messages.Welcome)
+        await stage.tasks[1]
+        view = stage.policy.workers["d0"]
+        assert (view.epoch, view.stats.running) == (2, 0)
+
+    play(script)
+
+
 @pytest.mark.fault(36)
 def test_a_silent_worker_counts_as_lost() -> None:
     async def script(stage: Stage) -> None:
@@ -411,13 +425,15 @@ def test_what_an_older_life_still_sends_means_nothing() -> None:
 
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
-        decode.send(messages.Heartbeat(stage.router.workers()[0].stats))
         stage.clock.advance_to(6.0)
+        decode.send(messages.Tokens([output(0)]))  # it wakes up, too late
+        decode.send(messages.Heartbeat(WorkerStats()))
         stage.router.check_time()  # both are silent: the streams wait
         assert stage.states() == {"p0": "starting", "d0": "starting"}
-        decode.send(messages.Tokens([output(0)]))  # it wakes up
         for end in (prefill, decode):  # they see that their lives are over
             assert [type(message) async for message in end] in ([], [messages.Abort])
+        with pytest.raises(UnavailableError):  # and nobody takes a ghost for a worker
+            stage.router.submit(replace(LONG, request_id="s"))
         stage.clock.advance_to(7.0)
         back = await stage.join(hello("d0", Role.DECODE, epoch=2))
         await confirm_canary(back)
