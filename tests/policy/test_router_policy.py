@@ -38,7 +38,7 @@ class Router:
 
     def up(self, name: str, state: WorkerState = WorkerState.READY) -> list[do.RouterAction]:
         role = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}[name[0]]
-        view = WorkerView(worker_id=name, role=role, state=state, epoch=1, num_blocks=1000, transports=("shm",))
+        view = WorkerView(worker_id=name, role=role, state=state, epoch=1, num_blocks=1 << 20, transports=("shm",))
         return self.handle(on.WorkerUpdated(view))
 
     def submit(self, request_id: str = "r", prefer: Preference = SPLIT, timeout: float | None = None) -> None:
