@@ -91,6 +91,7 @@ def test_with_both_gone_another_pair_starts_over_from_the_log() -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("dead", [("p0", "p1"), ("d0", "d1"), ("p0", "p1", "d0"), ("p0", "d0", "d1")])
 @pytest.mark.parametrize("tokens", [0, 1, 12])
 def test_whoever_is_left_does_both(dead: tuple[str, ...], tokens: int) -> None:
@@ -150,6 +151,7 @@ def test_a_prefill_worker_that_leaves_is_waited_for(seed: int) -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(47)
 def test_what_dies_again_and_again_gets_ever_less_to_do() -> None:
     """A worker that comes back after a second and dies after another five, for ten minutes."""
     world = World(0, {"m0": Role.MIXED, "m1": Role.MIXED})

@@ -92,6 +92,7 @@ def handed_over() -> Router:
 # deadlines
 
 
+@pytest.mark.fault(42)
 def test_a_stalled_stream_goes_on_elsewhere_and_its_worker_is_blamed() -> None:
     router = handed_over()
     router.at(10.0)
@@ -114,6 +115,7 @@ def test_a_stream_that_stalls_while_others_get_on_is_nobody_s_fault() -> None:
     assert other
 
 
+@pytest.mark.fault(42)
 def test_a_handoff_that_hangs_is_the_fault_of_the_pair() -> None:
     router = Router("p0", "d0", "d1")
     router.submit()

@@ -294,6 +294,7 @@ class NextHello(messages.Message, frozen=True, tag="Hello"):
     colour: str
 
 
+@pytest.mark.fault(45)
 def test_a_hello_of_another_shape_is_refused_with_both_versions_in_mind() -> None:
     async def script(stage: Stage) -> None:
         stranger = stage.connect()
@@ -420,6 +421,7 @@ def test_a_worker_that_leaves_with_nobody_to_hand_over_to_finishes_what_it_has()
     play(script)
 
 
+@pytest.mark.fault(36)
 def test_what_an_older_life_still_sends_means_nothing() -> None:
     """As after SIGSTOP, a new registration, and SIGCONT."""
 

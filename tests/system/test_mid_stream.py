@@ -60,6 +60,7 @@ def ask(server: Server, *, kill: bool, **fields: Any) -> tuple[dict[int, dict[st
     return choices, usage
 
 
+@pytest.mark.fault(32)
 def test_the_answer_is_that_of_the_undisturbed_run(model: Server) -> None:
     fields = ENDLESS | SEEDED | PENALTIES | {"logprobs": 2, "n": 3, "logit_bias": {"7": 1.5}, "min_tokens": 100}
     calm, calm_usage = ask(model, kill=False, **fields)

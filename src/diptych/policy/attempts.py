@@ -13,6 +13,7 @@ from diptych.policy.placement import Avoid, Place, Placement, loads_of
 from diptych.policy.recovery import POISON_CRASHES
 from diptych.policy.retry_budget import RetryBudget, wait_before_retry
 from diptych.policy.routing import WorkerLoad
+from diptych.policy.saturation import Pending
 
 
 class Attempts:
@@ -33,12 +34,21 @@ class Attempts:
         self._budget = budget
         self._num_canaries = 0
 
-    def all(self) -> list[LiveRequest]:
-        return [*self.running.values(), *self.waiting.values()]
-
     def loads(self) -> dict[WorkerId, WorkerLoad]:
         """What each worker has been given and not finished."""
         return loads_of(live for live in self.running.values() if live.probes is None)
+
+    def pending(self) -> list[Pending]:
+        """Attempts that have been given to workers and have no first token yet."""
+        return [
+            Pending(live.route.prefill or live.route.decode, live.route.decode, live.prefill_tokens)
+            for live in self.running.values()
+            if live.route is not None and live.prefill_tokens
+        ]
+
+    def canaries(self) -> list[LiveRequest]:
+        """Those under way."""
+        return [live for live in self.running.values() if live.probes is not None]
 
     # beginning
 
