@@ -33,7 +33,7 @@ CHUNK_TOKENS = 64
 FLAGS = ("--max-batch-tokens", str(CHUNK_TOKENS), "--max-sequences", "16")
 
 PHASE_SECONDS = 30.0  # until the phase is reached
-RECOVERY_SECONDS = 30.0  # until the victim is back, on a busy machine
+RECOVERY_SECONDS = 60.0  # until the victim is back, on a busy machine
 FROZEN_SECONDS = 8.0  # a router that is stopped goes on after this; longer than any silence that is tolerated
 
 VICTIMS = ("prefill", "decode", "router")
@@ -69,8 +69,9 @@ PHASES = (
     Phase("mid decode", "decode", "step.finished", 12),
     Phase("last token made", "decode", "request.over"),
     Phase("last token before flush", "router", "stream.ending"),
-    Phase("drain", "victim", "ending"),
+    Phase("drain", "victim", "draining"),
 )
+DRAINING = ("worker.draining", "router.draining")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Cell:
 
     async def run(self, directory: Path) -> Outcome:
         """From start to end."""
-        names = [self.phase.failpoint] if self.phase.role != "victim" else ["worker.ending", "router.ending"]
+        names = [self.phase.failpoint] if self.phase.role != "victim" else list(DRAINING)
         specs = (f"*/{name}=meet:{directory}/meet@1+" for name in names if name)
         flags = (*FLAGS, "--transport", self.transport)
         case = _Case(self, Fleet(directory, flags, {failpoints.VARIABLE: ";".join(specs)}))
@@ -161,7 +162,7 @@ class _Case:
         early = self._send((50, 120, "split"), (40, 140, "local"))
         await until(lambda: all(len(answer.token_ids) > 1 for answer in early), "the first answers run", PHASE_SECONDS)
         if phase.role == "victim":
-            name = "router.ending" if self._cell.victim == "router" else "worker.ending"
+            name = DRAINING[self._cell.victim == "router"]
             self._fleet.rendezvous.expect(self._cell.victim, name, 1, self._hurt)
             os.kill(self._victim_pid, signal.SIGTERM)
         else:
