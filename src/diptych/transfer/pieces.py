@@ -1,11 +1,9 @@
 """In what portions a plan's bytes are moved.
 
-A frame is a message and the units (`policy.digest_units`) that it announces, consecutive ones of one pair of
-ranks in one layer: large, since it costs both sides a few system calls, but not the whole layer, so that the
-target can verify one while the next is being written, and several streams can share the work.
-
-A piece is what is copied in one go, and hashed while it is still in the core's cache, which takes about half
-the time of hashing it before or later.
+A piece is what one message announces: consecutive units (`policy.digest_units`) of one pair of ranks in one
+layer. It is large, since it costs both sides a few system calls, but not the whole layer, so that the target can
+verify one while the next is being written, several streams can share the work, and what has been copied is
+hashed while it is still in a cache.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ import numpy as np
 from diptych.core.kv_layout import ByteRange, KVLayout, LayerTransfer, TransferPlan
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import HeadPair, head_pairs
-from diptych.transfer.places import LONG_RUN_BYTES, Numbers, Places
+from diptych.transfer.places import Copy, Places, Span, copies
 
-FRAME_BYTES = 1 << 20
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,63 +58,53 @@ class Units:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Some units on their way: where they lie at the source and at the target, and where each of them ends."""
+    """Some units on their way: where they lie at the source and at the target, and where each of them ends.
 
+    `spans` is where each of them lies at the source, if that is in one run each. `copies` is how to bring them
+    over one by one, if those are not too many."""
+
+    first_group: int
     source: Places
     target: Places
-    unit_ends: tuple[int, ...]
-    are_long: bool  # what is contiguous on both sides is long: go range by range
+    unit_ends: list[int]
+    spans: list[Span] | None
+    copies: list[Copy] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Frame:
-    first_group: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.source.nbytes for piece in self.pieces)
-
-
-class PairFrames:
-    """The frames of one pair of a plan. All layers share them; they are made when the first one is wanted."""
+class PairPieces:
+    """The pieces of one pair of a plan. All layers share them; they are made when the first one is wanted."""
 
     def __init__(self, units: Units, ranges: Sequence[ByteRange]) -> None:
         self._units = units
         self._ranges = ranges
-        self._parts = units.cut(units.groups, FRAME_BYTES)
-        self._frames: list[Frame] = []
+        self._parts = units.cut(units.groups, PIECE_BYTES)
+        self._pieces: list[Piece] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, index: int) -> Frame:
+    def __getitem__(self, index: int) -> Piece:
         with self._lock:
-            if not self._frames:
-                self._frames = self._cut()
-            return self._frames[index]
+            if not self._pieces:
+                self._pieces = self._cut()
+            return self._pieces[index]
 
-    def _cut(self) -> list[Frame]:
+    def _cut(self) -> list[Piece]:
         spans = [(span.source_offset, span.target_offset, span.length) for span in self._ranges]
         source, target, lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T
         sides = Places(source, lengths), Places(target, lengths)
-        ends = np.cumsum(lengths)
-        return [self._frame(groups, sides, ends) for groups in self._parts]
-
-    def _frame(self, groups: range, sides: tuple[Places, Places], ends: Numbers) -> Frame:
         pieces = []
-        for part in self._units.cut(groups, PIECE_BYTES):
-            start, stop = self._units.end(part.start - 1), self._units.end(part.stop - 1)
-            source, target = (side.part(start, stop) for side in sides)
-            num_ranges = np.searchsorted(ends, stop) - np.searchsorted(ends, start, side="right") + 1
-            are_long = stop - start >= LONG_RUN_BYTES * num_ranges
-            pieces.append(Piece(source, target, tuple(self._units.ends(part)), bool(are_long)))
-        return Frame(groups.start, tuple(pieces))
+        for groups in self._parts:
+            start, stop = self._units.end(groups.start - 1), self._units.end(groups.stop - 1)
+            ours, theirs = (side.part(start, stop) for side in sides)
+            ends = self._units.ends(groups)
+            pieces.append(Piece(groups.start, ours, theirs, ends, ours.spans(ends), copies(ours, theirs)))
+        return pieces
 
 
-class PlanFrames:
-    """A plan's frames. Raises ValueError if it is not a plan from this layout to the ticket's, or if it cuts a
+class PlanPieces:
+    """A plan's pieces. Raises ValueError if it is not a plan from this layout to the ticket's, or if it cuts a
     unit in two."""
 
     def __init__(self, plan: TransferPlan, source: KVLayout, claims: TicketClaims) -> None:
@@ -136,11 +123,11 @@ class PlanFrames:
             self._transfers.setdefault(transfer.layer, []).append(transfer)
         first = next(iter(self._transfers.values()), [])
         self._pairs = [
-            PairFrames(Units.of(source, target, pair, tokens), transfer.ranges)
+            PairPieces(Units.of(source, target, pair, tokens), transfer.ranges)
             for pair, transfer in zip(pairs, first, strict=False)
         ]
 
-    def of_layer(self, layer: int) -> Iterator[tuple[int, LayerTransfer, PairFrames]]:
-        """(number of the pair, who to whom, frames) for each pair of ranks."""
-        for pair, (transfer, frames) in enumerate(zip(self._transfers.get(layer, ()), self._pairs, strict=False)):
-            yield pair, transfer, frames
+    def of_layer(self, layer: int) -> Iterator[tuple[int, LayerTransfer, PairPieces]]:
+        """(number of the pair, who to whom, pieces) for each pair of ranks."""
+        for pair, (transfer, pieces) in enumerate(zip(self._transfers.get(layer, ()), self._pairs, strict=False)):
+            yield pair, transfer, pieces

@@ -12,11 +12,12 @@ from diptych.core.kv_layout import KVLayout, LayerTransfer
 from diptych.core.ports import PageSource
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
-from diptych.transfer.digest import unit_digests
+from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
-from diptych.transfer.pieces import Frame
-from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter, get
+from diptych.transfer.pieces import Piece
+from diptych.transfer.places import Places
+from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter, Payload
 from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
@@ -94,18 +95,27 @@ class Stream:
             connection.close()
 
     def write(
-        self, writer: PageWriter, transfer: LayerTransfer, frame: Frame, source: PageSource
-    ) -> tuple[bytes, list[memoryview]]:
-        """Move one frame's pages; returns the digests of its units, and the bytes for the frame itself."""
+        self, writer: PageWriter, transfer: LayerTransfer, piece: Piece, source: PageSource
+    ) -> tuple[bytes, Payload]:
+        """Move one piece; returns the digests of its units, and the bytes for the frame itself."""
         layer = source.layer(transfer.layer)
-        if len(self._scratch) < frame.nbytes:
-            self._scratch = memoryview(bytearray(frame.nbytes))
-        scratch, digests, payload = self._scratch, [], []
-        for piece in frame.pieces:
-            content = get(piece.source, layer, scratch, few=piece.are_long)
-            inline = writer.write(transfer, piece, content)
-            digests.append(unit_digests(content, piece.unit_ends))
-            payload += inline
-            if inline:
-                scratch = scratch[piece.source.nbytes :]
-        return b"".join(digests), payload
+        piece.source.check(len(layer))
+        staged = self._stage(piece.source, layer) if writer.needs_staging(piece) else None
+        payload = writer.write(transfer, piece, layer, staged)
+        return _digests(piece, layer, staged), payload  # after the copy, which has brought it into the cache
+
+    def _stage(self, places: Places, layer: memoryview) -> memoryview:
+        """Gather scattered bytes. Good until the next time."""
+        if len(self._scratch) < places.nbytes:
+            self._scratch = memoryview(bytearray(places.nbytes))
+        staged = self._scratch[: places.nbytes]
+        places.gather(layer, staged)
+        return staged
+
+
+def _digests(piece: Piece, layer: memoryview, staged: memoryview | None) -> bytes:
+    if staged is not None:
+        return unit_digests([staged], piece.unit_ends)
+    if piece.spans is not None:
+        return span_digests(layer, piece.spans)
+    return unit_digests(piece.source.views(layer), piece.unit_ends)
