@@ -41,7 +41,8 @@ ALONE = Links()
 
 
 def connect(shard: Shard, rendezvous: str, device: torch.device) -> Links:
-    """Meet all other ranks of the worker at `rendezvous`, the path of a file that does not exist yet."""
+    """Meet all other ranks of the worker at `rendezvous`, the path of a file that does not exist yet, and is not
+    needed any more afterwards."""
     layout, rank = shard.layout, shard.rank
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -53,13 +54,31 @@ def connect(shard: Shard, rendezvous: str, device: torch.device) -> Links:
     )
     tensor = _group(rank, _tensor_groups(layout)) if layout.tensor_parallel > 1 else None
     column = _group(rank, _columns(layout)) if layout.data_parallel > 1 and shard.spreads_experts else None
-    return Links(
+    links = Links(
         add_up=None if tensor is None else tensor.add_up,
         gather=None if tensor is None else _Head(tensor, shard.config.vocab_size).gather,
         exchange=None if column is None else column.exchange,
         receive=None if shard.is_first else Neighbour(rank - layout.tensor_parallel).receive,
         send=None if shard.is_last else Neighbour(rank + layout.tensor_parallel).send,
     )
+    _try_out(links, shard, device)
+    return links
+
+
+def _try_out(links: Links, shard: Shard, device: torch.device) -> None:
+    """Use everything once: NCCL connects only then, and needs the rendezvous for it."""
+    number = torch.zeros(1, 1, device=device)
+    if links.receive is not None:
+        links.receive(number)
+    if links.add_up is not None:
+        links.add_up(number)
+    if links.gather is not None:
+        links.gather(torch.zeros(1, len(shard.vocabulary), device=device))
+    if links.exchange is not None:
+        one_each = [1] * shard.layout.data_parallel
+        links.exchange(torch.zeros(len(one_each), 1, device=device), one_each, one_each)
+    if links.send is not None:
+        links.send(number)
 
 
 def _tensor_groups(layout: KVLayout) -> Iterable[list[int]]:

@@ -18,7 +18,7 @@ from diptych.wire.blocking import BlockingConnection, socket_pair
 COMMAND = (sys.executable, "-m", "diptych.engine.torch_engine.rank")
 # Ranks of a worker meet on this host only, whatever its name resolves to.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-GRACE = 5.0  # seconds for a rank to end by itself
+GRACE = 2.0  # seconds for a rank to end by itself, which takes it no time unless it has been stopped
 START_UP_ERRORS = {kind.code: kind for kind in (ConfigError, CheckpointError)}
 CAUSE_SECONDS = 1.0  # for the rank that failed first to be heard after one that failed for its sake
 
