@@ -92,6 +92,7 @@ def test_the_newest_of_two_with_one_name_wins(server: Server, tmp_path: Path) ->
             assert server.fleet()["twin"]["pid"] == second.pid
 
 
+@pytest.mark.fault(36)
 def test_a_worker_that_was_frozen_comes_back_in_a_new_life(server: Server, tmp_path: Path) -> None:
     """Nobody can kill it from here: its old life is fenced off by its epoch."""
     with joining(tmp_path / "log", *flags(server, "far", "prefill")) as process:

@@ -98,14 +98,14 @@ class Router:
 
     def check(self, tenant: str) -> None:
         """Raises OverloadedError or UnavailableError if no request of this tenant would be accepted."""
+        self._check_draining()
         error = self._policy.check(tenant)
         if error is not None:
             raise error
 
     def submit(self, request: Request) -> RequestStream:
         """Accept a request. Raises OverloadedError or UnavailableError."""
-        if self._draining:
-            raise UnavailableError("the server is about to end", retry_after=RESTART_SECONDS, code="draining")
+        self._check_draining()
         actions = self._decide(RequestSubmitted(request))
         live = self._policy.live.get(request.request_id)
         if live is None:
@@ -115,6 +115,10 @@ class Router:
         failpoint("request.admitted")
         self._carry_out(actions)
         return stream
+
+    def _check_draining(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is about to end", retry_after=RESTART_SECONDS, code="draining")
 
     def workers(self) -> list[WorkerView]:
         """Those that have registered, and those that are expected to."""
