@@ -25,7 +25,7 @@ from diptych.sim.violation import Violation
 
 LOAD_SECONDS = 0.05  # until a worker of the first hour connects
 RESTART_SECONDS = 1.0  # about what a worker takes to come back by itself
-PATIENCE_SECONDS = 300.0  # after the last fault and the last request, everything must be over by then
+PATIENCE_SECONDS = 60.0  # after the last fault and the last request, everything must be over by then
 
 
 @dataclass(slots=True)
