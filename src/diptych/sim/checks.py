@@ -95,8 +95,8 @@ def check_over(life: Life, request_ids: Iterable[str]) -> None:
                 raise Violation(f"{life.name} goes on with {attempt_id}, which is over: nobody has told it to stop")
 
 
-def check_end(world: World) -> None:
-    """All faults are over, and nothing happens any more: nobody waits, and nothing is left anywhere."""
+def check_ended(world: World) -> None:
+    """All faults are over, and computing has had its time: nobody waits any more."""
     for client in world.clients.values():
         if not client.over:
             raise Violation(f"{client.request_id} has not ended after {world.kernel.now:.1f} s; {client.describe()}")
@@ -104,6 +104,10 @@ def check_end(world: World) -> None:
             raise Violation(f"{client.request_id} took {client.attempts} attempts, although nothing went wrong")
     if world.router.policy.live:
         raise Violation(f"the router still has {', '.join(world.router.policy.live)}")
+
+
+def check_empty(world: World) -> None:
+    """Nothing happens any more, and nothing is left anywhere."""
     for spec in world.scenario.workers:
         life = world.lives[spec.worker_id]
         if not life.accepts or world.router.links.get(spec.worker_id) is None:
