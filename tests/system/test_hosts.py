@@ -92,6 +92,7 @@ def test_answers_across_hosts_are_exact(hosts: Hosts, server: Server) -> None:
         check_answers(server, 24)
 
 
+@pytest.mark.fault(32)
 def test_a_worker_that_is_killed_is_missed_and_comes_back_in_a_new_life(hosts: Hosts, server: Server) -> None:
     with hosts.worker() as process:
         epoch = ready(server, "far")
@@ -108,6 +109,7 @@ def test_a_worker_that_is_killed_is_missed_and_comes_back_in_a_new_life(hosts: H
         check_answers(server, 8)
 
 
+@pytest.mark.fault(37)
 def test_a_worker_that_leaves_finishes_its_streams(hosts: Hosts, server: Server) -> None:
     with hosts.worker() as process:
         ready(server, "far")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from server import Server, is_idle, serving, soon
+from server import SCRIPTED, Server, is_idle, serving, soon
 
 PROMPT = "Codes: heron 471, maple 902, birch 118, comet 350. What is the code of maple?"
 LENGTH = 160
@@ -20,9 +20,15 @@ ENDLESS = {"ignore_eos": True, "max_tokens": LENGTH}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def model() -> Iterator[Server]:
     """The model that comes along, in float32."""
     with serving("--dtype", "float32", "--max-model-len", "512", "--decode", "2") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Server]:
+    with serving(*SCRIPTED, "--decode", "2") as server:
         yield server
 
 
@@ -54,20 +60,12 @@ def ask(server: Server, *, kill: bool, **fields: Any) -> tuple[dict[int, dict[st
     return choices, usage
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        ENDLESS | PENALTIES | {"logprobs": 2},
-        ENDLESS | SEEDED | PENALTIES | {"logprobs": 2, "n": 3},
-        ENDLESS | SEEDED | {"logit_bias": {"7": 1.5}, "min_tokens": 100},
-    ],
-    ids=["greedy", "seeded, n=3", "bias"],
-)
-def test_the_answer_is_that_of_the_undisturbed_run(server: Server, fields: dict[str, Any]) -> None:
-    calm, calm_usage = ask(server, kill=False, **fields)
-    killed, killed_usage = ask(server, kill=True, **fields)
+def test_the_answer_is_that_of_the_undisturbed_run(model: Server) -> None:
+    fields = ENDLESS | SEEDED | PENALTIES | {"logprobs": 2, "n": 3, "logit_bias": {"7": 1.5}, "min_tokens": 100}
+    calm, calm_usage = ask(model, kill=False, **fields)
+    killed, killed_usage = ask(model, kill=True, **fields)
     assert {index: choice["ids"] for index, choice in killed.items()} == {i: c["ids"] for i, c in calm.items()}
-    assert [len(choice["ids"]) for choice in killed.values()] == [LENGTH] * fields.get("n", 1)
+    assert [len(choice["ids"]) for choice in killed.values()] == [LENGTH] * 3
     for index, choice in killed.items():
         assert (choice["text"], choice["finish"]) == (calm[index]["text"], "length")
         assert choice["logprobs"] == pytest.approx(calm[index]["logprobs"], abs=1e-3)
@@ -75,18 +73,18 @@ def test_the_answer_is_that_of_the_undisturbed_run(server: Server, fields: dict[
         assert killed_usage[count] == calm_usage[count]
 
 
-def test_a_stop_string_is_found_across_the_seam(server: Server) -> None:
-    calm, _ = ask(server, kill=False, **ENDLESS, **SEEDED)
+def test_a_stop_string_is_found_across_the_seam(script: Server) -> None:
+    calm, _ = ask(script, kill=False, **ENDLESS, **SEEDED)
     text = calm[0]["text"]
     stop = text[len(text) // 2 : len(text) // 2 + 6]
-    calm, calm_usage = ask(server, kill=False, **ENDLESS, **SEEDED, stop=[stop])
-    killed, killed_usage = ask(server, kill=True, **ENDLESS, **SEEDED, stop=[stop])
+    calm, calm_usage = ask(script, kill=False, **ENDLESS, **SEEDED, stop=[stop])
+    killed, killed_usage = ask(script, kill=True, **ENDLESS, **SEEDED, stop=[stop])
     assert killed[0]["finish"] == "stop"
     assert (killed[0]["text"], killed_usage["completion_tokens"]) == (calm[0]["text"], calm_usage["completion_tokens"])
     assert text.startswith(killed[0]["text"])
 
 
-def test_without_a_seed_nothing_is_lost_or_doubled(server: Server) -> None:
-    choices, usage = ask(server, kill=True, **ENDLESS, temperature=1.0, n=2)
+def test_without_a_seed_nothing_is_lost_or_doubled(script: Server) -> None:
+    choices, usage = ask(script, kill=True, **ENDLESS, temperature=1.0, n=2)
     assert [len(choice["ids"]) for choice in choices.values()] == [LENGTH, LENGTH]
     assert usage["completion_tokens"] == 2 * LENGTH

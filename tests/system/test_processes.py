@@ -46,6 +46,7 @@ def check_recovery(server: Server, worker_id: str, old_epoch: int) -> None:
         assert server.complete(PROMPT, prefer, max_tokens=20).token_ids == expected_tokens(PROMPT, 20)
 
 
+@pytest.mark.fault(32)
 def test_death_of_the_decode_worker_costs_its_streams_a_pause(server: Server) -> None:
     with server.stream(PROMPT, "split", max_tokens=400) as stream:
         token_ids = [next(stream.token_ids) for _ in range(5)]
@@ -56,6 +57,7 @@ def test_death_of_the_decode_worker_costs_its_streams_a_pause(server: Server) ->
     check_recovery(server, "decode-0", epoch)
 
 
+@pytest.mark.fault(30)
 def test_death_of_the_prefill_worker_costs_what_it_prefills_a_pause(server: Server) -> None:
     with ThreadPoolExecutor(1) as pool, server.stream(PROMPT, "split", max_tokens=400) as handed_over:
         token_ids = [next(handed_over.token_ids) for _ in range(2)]
@@ -69,6 +71,7 @@ def test_death_of_the_prefill_worker_costs_what_it_prefills_a_pause(server: Serv
     check_recovery(server, "prefill-0", epoch)
 
 
+@pytest.mark.fault(36)
 def test_a_worker_that_hangs_is_replaced(server: Server) -> None:
     worker = server.fleet()["decode-0"]
     with server.stream(PROMPT, "split", max_tokens=400) as stream:
@@ -79,6 +82,7 @@ def test_a_worker_that_hangs_is_replaced(server: Server) -> None:
     check_recovery(server, "decode-0", worker["epoch"])
 
 
+@pytest.mark.fault(33)
 def test_with_every_worker_dead_streams_wait_and_newcomers_are_told_to() -> None:
     with serving(*SCRIPTED) as server:
         with server.stream(PROMPT, "split", max_tokens=400) as stream:
@@ -96,6 +100,7 @@ def test_with_every_worker_dead_streams_wait_and_newcomers_are_told_to() -> None
             check_recovery(server, name, epoch)
 
 
+@pytest.mark.fault(29)
 def test_local_requests_are_served_while_there_is_no_prefill_worker(server: Server) -> None:
     epoch = kill(server, "prefill-0")
     soon(lambda: server.fleet()["prefill-0"]["state"] != "ready", "its death is noticed")
@@ -114,6 +119,7 @@ def test_two_servers_side_by_side(server: Server) -> None:
     assert server.complete(PROMPT, "split", max_tokens=20).token_ids == expected_tokens(PROMPT, 20)
 
 
+@pytest.mark.fault(34)
 def test_workers_do_not_outlive_the_server() -> None:
     with serving(*SCRIPTED, "--prefill", "2") as server, server.stream(PROMPT, "split", max_tokens=2000) as stream:
         next(stream.token_ids)
@@ -127,6 +133,7 @@ def test_workers_do_not_outlive_the_server() -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_process(signum: signal.Signals) -> None:
     with serving(*SCRIPTED) as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from diptych.wire.codec import LENGTH
 
 LAYERS = range(LAYOUT.num_layers)
 BLOCKS = (5, 6, 2)
+OTHER = replace(LAYOUT, head_dim=8)
 
 
 def assert_still_works(made: World) -> None:
@@ -48,6 +50,7 @@ def test_a_ticket_that_nobody_has_begun_is_revoked_at_once(transport: str, tmp_p
         assert made.at_target.empty
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layers_before", [0, 1, len(LAYERS)])
 @pytest.mark.parametrize("ending", ["stopped", "hang up"])
@@ -79,6 +82,7 @@ def test_a_begun_ticket_is_in_quarantine_until_its_writer_is_gone(
         assert made.at_target.empty
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_writer_that_is_lost_fails_the_handoff_and_then_is_gone(transport: str, tmp_path: Path) -> None:
     with world(transport, tmp_path) as made:
@@ -107,16 +111,17 @@ def test_an_inline_write_that_ends_in_the_middle_fails_the_handoff(tmp_path: Pat
         assert_still_works(made)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(
     "change",
     [
         {"layer": len(LAYERS)},
         {"layer": -1},
-        {"first_block": 0},
-        {"first_block": 2},
-        {"first_block": -(2**62)},
-        {"first_block": 2**62},
+        {"first_group": 0},
+        {"first_group": 2},
+        {"first_group": -(2**62)},
+        {"first_group": 2**62},
         {"digests": b""},
         {"digests": bytes(8 * 2)},
         {"digests": bytes(8 * 3)},
@@ -158,6 +163,7 @@ def test_an_impossible_payload_ends_the_connection(transport: str, nbytes: int, 
         assert_still_works(made)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("change", [{"nonce": b"x" * 16}, {"epoch": EPOCH - 1}, {"request_id": "other"}], ids=str)
 def test_stray_frames_are_counted_and_change_nothing(transport: str, change: dict[str, object], tmp_path: Path) -> None:
@@ -175,6 +181,7 @@ def test_stray_frames_are_counted_and_change_nothing(transport: str, change: dic
         assert made.receiver.book.counts["stray frame"] == 2
 
 
+@pytest.mark.fault(28)
 def test_a_ticket_serves_one_connection_once(tmp_path: Path) -> None:
     with world("tcp", tmp_path) as made, ScriptedSource(made) as thief, ScriptedSource(made) as source:
         claims = claims_for("r1", BLOCKS)
@@ -200,11 +207,12 @@ def test_a_ticket_serves_one_connection_once(tmp_path: Path) -> None:
         assert made.at_target.empty
 
 
-@pytest.mark.parametrize("change", [{"layout": "another"}, {"model": "another"}])
-def test_a_source_that_serves_something_else_is_not_welcome(change: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("change", [{"layout": OTHER}, {"model": "another"}])
+def test_a_source_that_serves_something_else_is_not_welcome(change: dict[str, object], tmp_path: Path) -> None:
     with world("shm", tmp_path) as made:
         with ScriptedSource(made, **change) as source:
-            assert source.welcome is None
+            assert isinstance(source.welcome, frames.Refused)
         assert_still_works(made)
 
 
@@ -216,6 +224,7 @@ def test_the_wrong_key_is_counted(tmp_path: Path) -> None:
         assert made.receiver.book.counts["refused connection"] == 1
 
 
+@pytest.mark.fault(61)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=1, max_size=120))
 def test_bytes_from_strangers_and_garbage_from_sources_cost_only_their_connection(data: bytes, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ class KVEndpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a worker says of itself when it registers. Workers of equal `host` can share memory."""
+    """What a worker says of itself when it registers. `num_blocks` are those of all its data-parallel ranks
+    together. Workers of equal `host` can share memory."""
 
     model: ModelInfo
     layout: KVLayout
@@ -92,7 +93,8 @@ class WorkerView:
     state: WorkerState
     epoch: Epoch
     pid: int = 0
-    num_blocks: int = 0
+    cut: str = ""  # into ranks, in short ("tp4 ep4")
+    num_blocks: int = 0  # of all data-parallel ranks together
     block_size: int = 16
     token_bytes: int = 0  # KV bytes per token, all layers
     transports: tuple[str, ...] = ()
@@ -102,6 +104,17 @@ class WorkerView:
     @property
     def blocks_free(self) -> int:
         return self.num_blocks - self.stats.blocks_used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStats:
+    """The router's own load, now, and its counts since start."""
+
+    running: int = 0  # requests that workers have
+    waiting: int = 0  # requests in the queue
+    waiting_tokens: int = 0  # of their prompts
+    retried: int = 0  # attempts after the first
+    ignored: int = 0  # messages about requests that are over, and tokens that came twice
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,9 @@ class Request:
     """One validated stream to serve.
 
     `cache_salt` opens a separate prefix-cache namespace (a tenant): blocks are only shared among
-    requests of equal salt. `timeout` (seconds from arrival to the last token) is the client's own deadline, if it
-    is less than the router's.
+    requests of equal salt. `tenant` is whose it is, for fair shares and quotas. Of a tenant's waiting requests
+    one of lower `priority` goes first (vLLM's meaning of the number). `timeout` (seconds from arrival to the last
+    token) is the client's own deadline, if it is less than the router's.
     """
 
     request_id: str
@@ -65,6 +66,8 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prefer: Preference = Preference.AUTO
     cache_salt: str = ""
+    tenant: str = ""
+    priority: int = 0
     timeout: float | None = None
 
 

@@ -119,6 +119,8 @@ class Attempts:
 
     def probe(self, now: float) -> list[RouterAction]:
         """Send a canary to whoever has been out of use for long enough."""
+        if self._health.all_well:
+            return []
         ready = {worker.worker_id: worker for worker in self._placement.ready()}
         actions: list[RouterAction] = []
         for target in self._health.due(ready, now):

@@ -4,6 +4,7 @@
         └────── split ► ReserveBlocks ─ ticket ► StartPrefill ─┬─ first token (from the prefill worker)
                                                                └─ tokens 2... (from the decode worker)
 
+A request that is let in waits in the fair queue of `policy.admission` until the workers of its best route have room.
 The log of record is kept here. Tokens come from two workers over two connections, so they are put in
 order by their index; a duplicate is dropped. Whatever ends a request on one worker ends it on the other.
 
@@ -18,7 +19,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from diptych.core.actions import AbortOn, Deliver, DeliverFailure, RouterAction
-from diptych.core.errors import DiptychError, ServingError, UnavailableError
+from diptych.core.errors import DiptychError, OverloadedError, ServingError, UnavailableError
 from diptych.core.events import (
     BlocksCached,
     FirstTokenMade,
@@ -32,10 +33,10 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import RouterStats, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Request, TokenOutput
 from diptych.core.timeline import Timeline
-from diptych.policy.admission import RESTART_SECONDS, AdmissionLimits, refusal
+from diptych.policy.admission import RESTART_SECONDS, Admission, AdmissionLimits
 from diptych.policy.attempts import Attempts
 from diptych.policy.deadlines import TOTAL_TIMEOUT, Wait
 from diptych.policy.health import Health
@@ -45,6 +46,7 @@ from diptych.policy.prefix_index import PrefixIndex
 from diptych.policy.recovery import POISON, POISON_CRASHES, SETTLE_SECONDS, Fault, RecoverySettings, fault
 from diptych.policy.retry_budget import RetryBudget
 from diptych.policy.routing import Routing, WorkerLoad
+from diptych.policy.saturation import Pending, Room
 
 
 class RouterPolicy:
@@ -73,6 +75,7 @@ class RouterPolicy:
         self._attempts = Attempts(self._placement, self.health, self._budget)
         self._draining: dict[WorkerId, float] = {}  # since when
         self._limits = limits or AdmissionLimits()
+        self.admission = Admission(self._limits)
         self._deadlines = settings.deadlines
 
     def handle(self, event: RouterEvent, now: float) -> list[RouterAction]:
@@ -81,6 +84,8 @@ class RouterPolicy:
         if not isinstance(event, RequestSubmitted):
             actions += self._attempts.probe(now)
             actions += self._attempts.resume(now)
+            if self.admission.queue and _may_make_room(event):
+                actions += self._start_waiting(now)
         return actions
 
     def _handle(self, event: RouterEvent, now: float) -> list[RouterAction]:
@@ -121,6 +126,16 @@ class RouterPolicy:
         """Attempts after the first."""
         return self._attempts.retried
 
+    def stats(self) -> RouterStats:
+        waiting = len(self.admission.queue) + len(self._attempts.waiting)
+        return RouterStats(
+            running=len(self.live) - waiting,
+            waiting=waiting,
+            waiting_tokens=self.admission.queue.prompt_tokens,
+            retried=self.retried,
+            ignored=self.ignored,
+        )
+
     def loads(self) -> dict[WorkerId, WorkerLoad]:
         """What each worker has been given and not finished."""
         return self._attempts.loads()
@@ -143,14 +158,40 @@ class RouterPolicy:
 
     # beginning
 
+    def check(self, tenant: str) -> OverloadedError | None:
+        """Why no request of this tenant, however small, would come in now; None if one might."""
+        return self.admission.refusal(tenant, 0, None, self._room())
+
     def _submit(self, request: Request, now: float) -> list[RouterAction]:
-        queued = sum(load.prefill_tokens for load in self.loads().values())
-        error = refusal(len(self.live), queued, self.workers.values(), self._limits)
+        error = self.admission.refusal(request.tenant, len(request.prompt_token_ids), request.timeout, self._room())
         if error is not None:
             return [DeliverFailure(request.request_id, error)]
         self._budget.request(now)
-        live = self.live[request.request_id] = LiveRequest(request, Timeline(arrived=now), now)
-        return self._attempts.seat(live, now)
+        self.live[request.request_id] = LiveRequest(request, Timeline(arrived=now), now)
+        self.admission.enter(request, now)
+        return self._start_waiting(now)
+
+    def _start_waiting(self, now: float) -> list[RouterAction]:
+        """Begin what there is room for, in fair order; give up what has waited for too long."""
+        actions: list[RouterAction] = []
+        for request_id, error in self.admission.expired(now):
+            actions += self._give_up(self.live[request_id], error, now)
+        while (next_id := self.admission.next(room := self._room())) is not None:
+            live = self.live[next_id]
+            place = self._attempts.place(live)
+            if place is None or not room.fits(place.route, live.num_tokens):
+                break  # where it is served best they are busy: that is sooner done than what is second best
+            self.admission.start(next_id, now)
+            actions.append(self._attempts.begin(live, place, now))
+        return actions
+
+    def _room(self) -> Room:
+        pending = (
+            Pending(live.route.prefill or live.route.decode, live.route.decode, live.prefill_tokens)
+            for live in self._attempts.running.values()
+            if live.route is not None and live.prefill_tokens
+        )
+        return Room(self.workers.values(), pending, self._limits.room)
 
     def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes, now: float) -> list[RouterAction]:
         live = self._attempts.running.get(request_id)
@@ -173,7 +214,7 @@ class RouterPolicy:
             live.kv_at[event.worker_id] = len(live.request.prompt_token_ids) + live.num_resumed
             if live.attempt == 1:  # what the client is told is how its prompt fared
                 live.num_cached_tokens = event.num_cached_tokens
-                live.timeline.queue_seconds = event.queue_seconds
+                live.timeline.queue_seconds = live.timeline.queued + event.queue_seconds
                 live.timeline.prefill_seconds = event.prefill_seconds
         return self._token(event.worker_id, event.output, now)
 
@@ -209,7 +250,8 @@ class RouterPolicy:
 
     def _end(self, live: LiveRequest, now: float, finished_on: WorkerId | None = None) -> list[RouterAction]:
         """Forget a request and have every worker let go of it, except where it ended by itself."""
-        self.live.pop(live.request.request_id, None)
+        if self.live.pop(live.request.request_id, None) is not None:
+            self.admission.leave(live.request)
         return self._attempts.let_go(live, now, finished_on)
 
     def _give_up(
@@ -312,7 +354,8 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         for worker_id in list(self._draining):
             actions += self._move_off(self.workers[worker_id], now)
-        for live in self._attempts.all():
+        canaries = [live for live in self._attempts.running.values() if live.probes is not None]
+        for live in [*self.live.values(), *canaries]:
             actions += self._check_deadlines(live, now)
         return actions
 
@@ -323,6 +366,8 @@ class RouterPolicy:
         total = limits.total if live.request.timeout is None else min(limits.total, live.request.timeout)
         if age > total:
             return self._time_out(live, f"the request was not finished within {total:g} s", TOTAL_TIMEOUT, now)
+        if live.attempt == 0:
+            return []  # the fair queue has a limit of its own
         limit = limits.of(live.wait)
         if live.wait is Wait.QUEUE:
             if live.queued + waited <= limit:
@@ -334,7 +379,8 @@ class RouterPolicy:
         return self._late(live, now) if waited > limit else []
 
     def _late(self, live: LiveRequest, now: float) -> list[RouterAction]:
-        """A worker lets a stream wait for too long. Continue it elsewhere; with nobody else, wait on for a while."""
+        """A worker lets a stream wait for too long. Continue it elsewhere; with nobody else, wait on for a while (one
+        that has begun, and only waits for its turn, for as long as it takes)."""
         if not live.is_late:
             live.is_late = True
             self.health.late(live, now)
@@ -343,9 +389,14 @@ class RouterPolicy:
             live.retries += 1
             return self._attempts.move(live, place, now)
         limit = self._deadlines.of(live.wait) + self._deadlines.queue
-        if now - live.wait_since <= limit:
+        if now - live.wait_since <= limit or (live.output_token_ids and not self.health.is_stuck(live)):
             return []
         return self._time_out(live, f"nothing has come for {limit:g} s", live.wait.code, now)
 
     def _time_out(self, live: LiveRequest, message: str, code: str, now: float) -> list[RouterAction]:
         return self._give_up(live, UnavailableError(message, retry_after=RESTART_SECONDS, code=code), now)
+
+
+def _may_make_room(event: RouterEvent) -> bool:
+    """Whether something in the queue might start after it: not after tokens in the middle of an answer."""
+    return not isinstance(event, TokensMade) or any(output.finish is not None for output in event.outputs)

@@ -45,16 +45,19 @@ class Health:
     def worker_failed(self, worker_id: WorkerId, now: float) -> None:
         self.workers.failed(worker_id, now)
 
+    def is_stuck(self, live: LiveRequest) -> bool:
+        """Whether nothing at all moves where this stream waits, as opposed to others being served before it."""
+        if _awaits_handoff(live):
+            return True
+        return live.awaited is not None and self._last_token.get(live.awaited, live.wait_since) <= live.wait_since
+
     def late(self, live: LiveRequest, now: float) -> None:
-        """The worker that a stream waits for does nothing for it. It is to blame if it does nothing for anybody; a
-        hand-off that does not come to its end is the fault of the pair."""
-        worker_id = live.awaited
-        if worker_id is None:
-            return
-        if live.pair is not None and live.wait is Wait.STALL and not live.handed_over:
+        """A stream has waited for too long. If that is anybody's fault, it is the pair's whose hand-off does not come
+        to its end, or the worker's that computes nothing for anybody."""
+        if live.pair is not None and _awaits_handoff(live):
             self.handoff_failed(live.pair, now)
-        elif live.computes_on(worker_id) and self._last_token.get(worker_id, live.wait_since) <= live.wait_since:
-            self.worker_failed(worker_id, now)
+        elif live.awaited is not None and live.computes_on(live.awaited) and self.is_stuck(live):
+            self.worker_failed(live.awaited, now)
 
     def gone(self, worker_id: WorkerId, now: float, *, died: bool) -> None:
         """Its next life has links of its own, but it is the same machine: deaths are remembered."""
@@ -68,6 +71,11 @@ class Health:
             self.workers.probe_lost(worker_id)
 
     # canaries
+
+    @property
+    def all_well(self) -> bool:
+        """Nobody has failed lately."""
+        return not len(self.workers) and not len(self.pairs)
 
     def due(self, ready: Iterable[WorkerId], now: float) -> list[WorkerId | Pair]:
         """Whom to probe now, of workers that are ready and trusted pairs of them."""
@@ -99,6 +107,11 @@ class Health:
         """Forget what was long ago."""
         self.workers.prune(now)
         self.pairs.prune(now)
+
+
+def _awaits_handoff(live: LiveRequest) -> bool:
+    """The first token has come, and the decode worker has not gone on from it."""
+    return live.pair is not None and live.wait is Wait.STALL and not live.handed_over
 
 
 def _conclude(breakers: Breakers[_K], key: _K, ok: bool, now: float) -> None:

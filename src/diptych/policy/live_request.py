@@ -31,7 +31,7 @@ class LiveRequest:
         retries: attempts since it last made progress, beyond the first.
         crashes: workers that died, or engines that failed, while they computed it, since it last made progress.
         not_before: the next attempt waits until then.
-        queued: seconds spent in the queue since the last token, not counting the present wait.
+        queued: seconds without a worker between attempts since the last token, not counting the present wait.
         last_error: why the last attempt ended, in words.
         is_late: the deadline of this wait has passed, and been blamed on somebody.
         probes: what this request is the canary of; nobody receives its tokens.
@@ -130,7 +130,8 @@ class LiveRequest:
 
     def begin(self, route: Route, prefill_tokens: int, now: float) -> RouterAction:
         """Start the next attempt there; returns what sets it going."""
-        self.queued += now - self.wait_since if self.wait is Wait.QUEUE else 0.0
+        if self.attempt > 0 and self.wait is Wait.QUEUE:
+            self.queued += now - self.wait_since
         if self.route is None:
             self.timeline.dispatched, self.timeline.split = now, route.prefill is not None
         self.attempt += 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from diptych.core.blocks import block_hashes
+from diptych.core.blocks import BlockHash, block_hashes
 from diptych.core.fleet import Route, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Preference
 from diptych.policy.live_request import LiveRequest, Pair
@@ -72,7 +73,7 @@ class Placement:
         log, salt = live.log, live.request.cache_salt
         cached: dict[WorkerId, int] = {}
         for size in {worker.block_size for worker in self.workers.values()}:
-            matches = self.index.match(block_hashes(log, size, salt))
+            matches = self.index.match(_block_hashes(log, size, salt))
             for worker_id, worker in self.workers.items():
                 blocks = max(matches.get(worker_id, 0), live.kv_at.get(worker_id, 0) // size)
                 if worker.block_size == size and blocks:
@@ -90,3 +91,9 @@ def loads_of(requests: Iterable[LiveRequest]) -> dict[WorkerId, WorkerLoad]:
             tokens[prefiller] = tokens.get(prefiller, 0) + live.prefill_tokens
             sequences[live.route.decode] = sequences.get(live.route.decode, 0) + 1
     return {worker: WorkerLoad(tokens.get(worker, 0), sequences.get(worker, 0)) for worker in {*tokens, *sequences}}
+
+
+@lru_cache(maxsize=8)
+def _block_hashes(log: tuple[int, ...], block_size: int, salt: str) -> list[BlockHash]:
+    """Those of a request whose turn it is are asked for again and again until there is room."""
+    return block_hashes(log, block_size, salt)

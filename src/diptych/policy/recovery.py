@@ -21,7 +21,6 @@ from enum import Enum, auto
 from diptych.policy.breaker import BreakerSettings
 from diptych.policy.deadlines import Deadlines
 
-LOST_WORKER = "worker_lost"
 POISON = "poison_request"
 
 POISON_CRASHES = 3

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbortOn,
     Deliver,
@@ -18,7 +19,7 @@ from diptych.core.actions import (
     StartPrefill,
 )
 from diptych.core.clock import Clock
-from diptych.core.errors import DiptychError, HandshakeError, PeerError, UnavailableError
+from diptych.core.errors import DiptychError, HandshakeError, PeerError, ProtocolError, UnavailableError
 from diptych.core.events import (
     BlocksCached,
     FirstTokenMade,
@@ -32,7 +33,7 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import ModelInfo, Role, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import ModelInfo, Role, RouterStats, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Request, TokenOutput
 from diptych.policy.admission import RESTART_SECONDS
 from diptych.policy.dispatch import RouterPolicy
@@ -95,6 +96,12 @@ class Router:
             raise UnavailableError("no worker has registered yet", retry_after=1.0)
         return self._fleet.manifest.model
 
+    def check(self, tenant: str) -> None:
+        """Raises OverloadedError or UnavailableError if no request of this tenant would be accepted."""
+        error = self._policy.check(tenant)
+        if error is not None:
+            raise error
+
     def submit(self, request: Request) -> RequestStream:
         """Accept a request. Raises OverloadedError or UnavailableError."""
         if self._draining:
@@ -105,6 +112,7 @@ class Router:
             raise next(action.error for action in actions if isinstance(action, DeliverFailure))
         stream = RequestStream(live, self._cancel)
         self._streams[request.request_id] = stream
+        failpoint("request.admitted")
         self._carry_out(actions)
         return stream
 
@@ -117,6 +125,9 @@ class Router:
             if worker_id not in self._fleet.links
         ]
         return sorted(views + missing, key=lambda view: view.worker_id)
+
+    def stats(self) -> RouterStats:
+        return self._policy.stats()
 
     def alive(self) -> bool:
         return self._clock.now() - self._last_beat < 5 * BEAT_SECONDS
@@ -164,6 +175,8 @@ class Router:
             return None  # it ended before it was ready; its supervisor says why
         except (PeerError, TimeoutError) as error:
             reason = str(error) or f"it did not introduce itself within {HELLO_SECONDS:.0f} s"
+            if isinstance(error, ProtocolError):
+                reason += f" (this router speaks wire version {messages.WIRE_VERSION}; another version of diptych?)"
             log.warning("a worker was refused: %s", reason)
             channel.send(messages.Refused(reason))
             channel.close()
@@ -241,12 +254,17 @@ class Router:
         """Watch the fleet for as long as the task lives."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            now = self._clock.now()
-            was_away, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
-            if was_away:  # it was the router that stood still: what the others have sent meanwhile is still unread
-                self._fleet.excuse(now)
-            else:
-                self.check_time()
+            self.on_beat()
+
+    def on_beat(self) -> None:
+        """The loop is alive: look at the time, unless it was the router itself that stood still. What the others have
+        sent meanwhile is then still unread."""
+        now = self._clock.now()
+        stood_still, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
+        if stood_still:
+            self._fleet.excuse(now)
+        else:
+            self.check_time()
 
     def check_time(self) -> None:
         """Workers that have not been heard of for too long are lost; streams that wait for too long go elsewhere."""
@@ -326,6 +344,8 @@ class Router:
     def _deliver(self, request_id: str, item: TokenOutput | DiptychError, *, last: bool) -> None:
         stream = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
         if stream is not None:
+            if last:
+                failpoint("stream.ending")
             stream.put(item)
 
     def _start_prefill(self, start: StartPrefill) -> None:

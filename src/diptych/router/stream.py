@@ -25,10 +25,7 @@ class RequestStream:
         self._over = False
 
     @property
-    def route(self) -> Route:
-        """Raises ValueError before the first attempt (a request may have to wait for one)."""
-        if self._live.route is None:
-            raise ValueError("the request has not been routed yet")
+    def route(self) -> Route | None:
         return self._live.route
 
     @property

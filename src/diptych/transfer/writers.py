@@ -1,49 +1,73 @@
-"""How the bytes of a plan reach the target (implementations of core.ports.PageWriter)."""
+"""How the bytes of a piece get from the source into the target's memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
-from diptych.core.errors import TransferError
 from diptych.core.kv_layout import KVMemory, LayerTransfer
-from diptych.core.ports import PageSource
+from diptych.transfer.pieces import Piece
+
+Payload = Sequence[memoryview]
+
+
+class PageWriter(Protocol):
+    """The seam where `transfer.faulty` spoils pages on purpose."""
+
+    def needs_staging(self, piece: Piece) -> bool:
+        """Whether a piece has to be gathered first, since its bytes are too scattered to go from place to place."""
+        ...
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
+        """Move one piece: out of the source's `layer`, or what was `staged` of it. Returns the bytes that must travel
+        in the frame itself: all of them over TCP, none with mapped memory (already in place when this
+        returns). Raises TransferError, having written nothing, if the piece does not lie within the
+        target's memory."""
+        ...
 
 
 class MappedWriter:
-    """Into memory that this process can address (shared memory, or its own): one copy, range by range."""
+    """Into memory that this process can address (shared memory, or its own); `memories` in order of ranks."""
 
-    def __init__(self, target: KVMemory) -> None:
-        self._target = target
+    def __init__(self, memories: Sequence[KVMemory]) -> None:
+        self._memories = memories
 
-    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
+    def needs_staging(self, piece: Piece) -> bool:
+        one_sided = piece.source.is_one or (piece.target.is_one and piece.spans is not None)
+        return piece.copies is None and not one_sided
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
         """Copy now."""
-        theirs = np.frombuffer(self._target.layer(transfer.layer), dtype=np.uint8)
-        ours = np.frombuffer(source.layer(transfer.layer), dtype=np.uint8)
-        _check(transfer, len(ours), len(theirs))
-        for span in transfer.ranges:  # numpy lets other threads run while it copies
-            read, written, length = span.source_offset, span.target_offset, span.length
-            theirs[written : written + length] = ours[read : read + length]
+        there = self._memories[transfer.target_rank].layer(transfer.layer)
+        piece.target.check(len(there))
+        if staged is not None:
+            piece.target.scatter(staged, there)
+        elif piece.copies is not None:
+            source, target = np.frombuffer(layer, np.uint8), np.frombuffer(there, np.uint8)
+            for start, stop, begin, end in piece.copies:  # numpy lets other threads run while it copies
+                target[begin:end] = source[start:stop]
+        elif piece.source.is_one:
+            piece.target.scatter(piece.source.views(layer)[0], there)
+        else:
+            piece.source.gather(layer, piece.target.views(there)[0])
         return ()
 
 
 class InlineWriter:
-    """Into the frame: the bytes follow the message, sent straight out of the source's memory."""
+    """Into the frame: the bytes follow the message, sent straight out of the source's memory if they lie
+    there in long runs."""
 
-    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
-        """The buffers to send, in order of the ranges (which are in order of the logical blocks)."""
-        ours = source.layer(transfer.layer)
-        _check(transfer, len(ours))
-        return [ours[span.source_offset : span.source_offset + span.length] for span in transfer.ranges]
+    def needs_staging(self, piece: Piece) -> bool:
+        return not piece.source.are_long
 
-
-def _check(transfer: LayerTransfer, source_bytes: int, target_bytes: int | None = None) -> None:
-    """Raises TransferError unless all ranges lie within the layers. (The target of an inline range is not
-    ours to check.)"""
-    for span in transfer.ranges:
-        outside = span.source_offset < 0 or span.length < 0 or span.source_offset + span.length > source_bytes
-        if target_bytes is not None:
-            outside = outside or span.target_offset < 0 or span.target_offset + span.length > target_bytes
-        if outside:
-            raise TransferError(f"{span} leaves a layer of {source_bytes} bytes, or one of {target_bytes}")
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
+        """What to send, in logical order."""
+        return piece.source.views(layer) if staged is None else (staged,)

@@ -37,8 +37,9 @@ class BlockingConnection(Generic[T]):
     One thread may send while another receives. Any OSError or ProtocolError means the connection is over.
     """
 
-    def __init__(self, sock: socket.socket, expects: Any) -> None:
+    def __init__(self, sock: socket.socket, expects: Any, max_bytes: int = MAX_CONTROL_BYTES) -> None:
         self._decoder: Decoder[T] = Decoder(expects)
+        self._max_bytes = max_bytes
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = TlsStream(sock, STALL_SECONDS) if isinstance(sock, ssl.SSLSocket) else _blocking(sock)
@@ -47,18 +48,14 @@ class BlockingConnection(Generic[T]):
 
     def send(self, message: object, payload: Sequence[memoryview] = ()) -> None:
         """Send a message, and after it the payload buffers. Blocks while the peer is slow."""
-        frame = memoryview(encode_frame(message, MAX_CONTROL_BYTES))
+        frame = memoryview(encode_frame(message, self._max_bytes))
         for start in range(0, max(len(payload), 1), _MAX_BUFFERS):
             part = payload[start : start + _MAX_BUFFERS]
             self._send_all([frame, *part] if start == 0 else list(part))
 
     def _send_all(self, buffers: list[memoryview]) -> None:
         while buffers:
-            sent = self._socket.sendmsg(buffers)
-            while buffers and sent >= len(buffers[0]):
-                sent -= len(buffers.pop(0))
-            if buffers and sent:
-                buffers[0] = buffers[0][sent:]
+            _skip(buffers, self._socket.sendmsg(buffers))
 
     def receive(self, seconds: float | None = None) -> T | None:
         """The next message; None when the peer has closed its end. Waits for as long as it takes, or
@@ -68,7 +65,7 @@ class BlockingConnection(Generic[T]):
         header = bytearray(LENGTH.size)
         if not self.receive_into(memoryview(header), may_end=True):
             return None
-        content = bytearray(frame_length(bytes(header), MAX_CONTROL_BYTES))
+        content = bytearray(frame_length(bytes(header), self._max_bytes))
         self.receive_into(memoryview(content))
         return self._decoder.decode(memoryview(content))
 
@@ -90,6 +87,20 @@ class BlockingConnection(Generic[T]):
                 raise ProtocolError("the connection ended in the middle of a message")
             done += received
         return True
+
+    def receive_scattered(self, buffers: Sequence[memoryview]) -> None:
+        """Fill all buffers, in order, with what comes next."""
+        if isinstance(self._socket, TlsStream):
+            for buffer in buffers:
+                self.receive_into(buffer)
+            return
+        for start in range(0, len(buffers), _MAX_BUFFERS):
+            part = list(buffers[start : start + _MAX_BUFFERS])
+            while part:
+                received = self._socket.recvmsg_into(part)[0]
+                if received == 0:
+                    raise ProtocolError("the connection ended in the middle of a message")
+                _skip(part, received)
 
     def drain(self) -> None:
         """Skip everything until the peer closes its end, for as long as that takes."""
@@ -138,6 +149,17 @@ class BlockingConnection(Generic[T]):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _skip(buffers: list[memoryview], nbytes: int) -> None:
+    """So many bytes of the buffers, from the first one on, are done with."""
+    done = 0
+    while done < len(buffers) and nbytes >= len(buffers[done]):
+        nbytes -= len(buffers[done])
+        done += 1
+    del buffers[:done]
+    if nbytes:
+        buffers[0] = buffers[0][nbytes:]
 
 
 def _blocking(sock: socket.socket) -> socket.socket:

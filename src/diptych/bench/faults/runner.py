@@ -1,0 +1,74 @@
+"""Runs cases, several at a time, and says what came of each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+
+from diptych.bench.faults.fleet import Violation
+
+
+class Case(Protocol):
+    """`owed` says why a case is known to fail (empty: it must not). `run` gets a directory of its own, which does not
+    exist yet; its log stays there."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def owed(self) -> str: ...
+
+    async def run(self, directory: Path) -> Outcome: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`violation` is empty if all is well; `what` happened in a few words."""
+
+    name: str
+    violation: str
+    what: str
+    seconds: float
+
+    def fields(self) -> dict[str, Any]:
+        return {"case": self.name, "violation": self.violation, "what": self.what, "seconds": round(self.seconds, 1)}
+
+
+async def outcome(name: str, run: Callable[[], Awaitable[None]], summary: Callable[[], str]) -> Outcome:
+    """Run one case, which raises Violation if something is not as it must be."""
+    began = time.monotonic()
+    violation = ""
+    try:
+        await run()
+    except Violation as error:
+        violation = str(error)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        violation = f"the server does not answer: {error!r}"
+    return Outcome(name, violation, summary(), time.monotonic() - began)
+
+
+async def run_all(cases: Sequence[Case], parallel: int, directory: Path) -> list[Outcome]:
+    """All cases, so many at a time, in the order of `cases`; each is printed as it ends."""
+    places = asyncio.Semaphore(parallel)
+
+    async def run_one(number: int, case: Case) -> Outcome:
+        async with places:
+            result = await case.run(directory / str(number))
+        print(f"{result.name:<60} {result.seconds:5.1f} s  {_verdict(case, result)}; {result.what}", flush=True)
+        if result.violation:
+            print(f"    {directory / str(number) / 'log'}", flush=True)
+        return result
+
+    return await asyncio.gather(*(run_one(number, case) for number, case in enumerate(cases)))
+
+
+def _verdict(case: Case, result: Outcome) -> str:
+    if not result.violation:
+        return f"ok, although it was owed ({case.owed})" if case.owed else "ok"
+    return f"owed ({case.owed}): {result.violation}" if case.owed else f"VIOLATED: {result.violation}"
