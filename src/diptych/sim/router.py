@@ -11,6 +11,7 @@ from diptych.core.fleet import Role, WorkerId, WorkerState, WorkerStats, WorkerV
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.sim import messages
+from diptych.sim.checks import check_awaited
 from diptych.sim.clients import Client
 from diptych.sim.failures import check_failure
 from diptych.sim.network import ROUTER, End, Pipe
@@ -154,6 +155,7 @@ class Router:
             if link.state is WorkerState.DRAINING and not self.policy.is_needed(link.life.worker_id):
                 link.state = WorkerState.LOST
                 link.down.send(messages.Shutdown())
+        check_awaited(self)
         self._plan_ticks()
         while self._ended:
             client = self._ended.pop()
