@@ -214,11 +214,11 @@ async def _serve(settings: ServeSettings) -> None:
             signals.on_hangup(fleet.workers.restart_each)
             async with _front(settings, fleet, sock, connections):
                 await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
+                failpoint("router.draining")
                 drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
                 await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
         fleet.screen.stopping()
-        failpoint("router.ending")
     draining.cancel()
     stopping.cancel()
 

@@ -61,6 +61,7 @@ def test_the_same_kv_goes_to_another_decode_worker(seed: int) -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(43)
 def test_a_failed_handoff_goes_round_the_pair_and_not_round_its_workers() -> None:
     world = World(0, FLEET)
     world.submit(split())
@@ -107,6 +108,7 @@ def test_whoever_is_left_does_both(dead: tuple[str, ...], tokens: int) -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("tokens", [0, 1, 12])
 def test_with_nobody_left_it_waits_and_goes_on(tokens: int) -> None:
     world = World(0, FLEET)

@@ -234,6 +234,7 @@ def running_on(router: Router, request_id: str = "r") -> str:
     return live.route.decode if live.workers and live.route is not None else ""
 
 
+@pytest.mark.fault(47)
 def test_what_kills_workers_is_ended_after_three_and_says_so() -> None:
     router = Router("m0", "m1", "m2")
     router.submit(prefer=LOCAL)
@@ -456,6 +457,7 @@ def test_a_worker_that_has_left_has_not_failed() -> None:
 # the budget
 
 
+@pytest.mark.fault(60)
 def test_what_fails_again_and_again_is_paid_for() -> None:
     router = Router("m0", "m1")
     for number in range(200):

@@ -206,6 +206,7 @@ async def confirm_canary(end: MemoryChannel[Any]) -> None:
     end.send(messages.Prefilled(token, 0, 0.0, 0.0))
 
 
+@pytest.mark.fault(33)
 def test_with_nobody_back_in_time_the_stream_ends_with_the_reason() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -483,6 +484,8 @@ def test_a_router_that_drains_takes_nothing_new_and_waits_for_what_runs() -> Non
         with pytest.raises(UnavailableError) as refusal:
             stage.router.submit(replace(LONG, request_id="s"))
         assert refusal.value.code == "draining"
+        with pytest.raises(UnavailableError, match="about to end"):
+            stage.router.check("")
         assert not draining.done()
         alone.send(messages.Prefilled(output(0, FinishReason.LENGTH), 0, 0.0, 0.0))
         assert await draining

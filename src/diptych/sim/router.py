@@ -11,6 +11,7 @@ from diptych.core.fleet import Role, WorkerId, WorkerState, WorkerStats, WorkerV
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.sim import messages
+from diptych.sim.checks import check_awaited
 from diptych.sim.clients import Client
 from diptych.sim.failures import check_failure
 from diptych.sim.network import ROUTER, End, Pipe
@@ -154,10 +155,11 @@ class Router:
             if link.state is WorkerState.DRAINING and not self.policy.is_needed(link.life.worker_id):
                 link.state = WorkerState.LOST
                 link.down.send(messages.Shutdown())
+        check_awaited(self)
         self._plan_ticks()
         while self._ended:
             client = self._ended.pop()
-            for worker_id in client.workers:
+            for worker_id in sorted(client.workers):  # in an order that a seed fixes
                 self._send(worker_id, messages.Over(client.request_id))
 
     def _plan_ticks(self) -> None:

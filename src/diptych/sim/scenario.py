@@ -96,10 +96,11 @@ class Scenario:
 def draw(seed: int) -> Scenario:
     """The scenario that a seed stands for."""
     rng = random.Random(seed)
-    workers = _workers(rng)
+    crowded = rng.random() < 0.15
+    workers = _workers(rng, crowded)
     step = rng.choice((0.004, 0.02, 0.1, 0.4))
-    busy = rng.choice((0.0, 2.0, 20.0)) * step  # between arrivals
-    requests = _requests(rng, busy)
+    busy = 0.0 if crowded else rng.choice((0.0, 2.0, 20.0)) * step  # between arrivals
+    requests = _requests(rng, busy, 10 if crowded else rng.choice((1, 3, 6, 10)))
     span = requests[-1].at + 12 * step
     names = [worker.worker_id for worker in workers]
     faults = tuple(_fault(rng, names, span) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6))))
@@ -121,32 +122,37 @@ def draw(seed: int) -> Scenario:
     )
 
 
-def _workers(rng: random.Random) -> tuple[WorkerSpec, ...]:
+def _workers(rng: random.Random, crowded: bool) -> tuple[WorkerSpec, ...]:
+    """A fleet; with `crowded`, one with far too few blocks for what is to come."""
     roles = [Role.PREFILL] * rng.choice((1, 1, 2, 3)) + [Role.DECODE] * rng.choice((1, 1, 2, 3))
     roles += [Role.MIXED] * rng.choice((0, 0, 1, 2))
     if rng.random() < 0.1:
         roles = [Role.MIXED] * rng.choice((1, 2, 3))
+    if crowded:
+        roles = rng.choice(([Role.MIXED], [Role.MIXED, Role.MIXED], [Role.PREFILL, Role.DECODE]))
     hosts = rng.choice((("a",), ("a", "b")))
     smallest = MAX_MODEL_LEN // BLOCK_SIZE + 1  # the shells refuse less than one request of full length
-    num_blocks = rng.choice((smallest, smallest + 3, 24, 48))
+    num_blocks = smallest if crowded else rng.choice((smallest, smallest + 3, 24, 48))
     return tuple(
         WorkerSpec(f"{role}-{number}", role, rng.choice(hosts), num_blocks, supervised=rng.random() < 0.5)
         for number, role in enumerate(roles)
     )
 
 
-def _requests(rng: random.Random, busy: float) -> tuple[RequestSpec, ...]:
+def _requests(rng: random.Random, busy: float, count: int) -> tuple[RequestSpec, ...]:
     at = 0.2
     requests: list[RequestSpec] = []
-    for number in range(1, rng.choice((1, 3, 5, 8)) + 1):
+    for number in range(1, count + 1):
         shared = SHARED[: rng.choice((0, 0, 8, 20))]
-        own = tuple(rng.randrange(30, 256) for _ in range(rng.randrange(1, 20)))
+        prompt = (*shared, *(rng.randrange(30, 256) for _ in range(rng.randrange(1, 20))))
         sampling = SamplingParams(
-            temperature=rng.choice((0.0, 1.0)), seed=rng.randrange(1 << 32), max_tokens=rng.choice((1, 2, 5, 10))
+            temperature=rng.choice((0.0, 1.0)),
+            seed=rng.randrange(1 << 32),
+            max_tokens=min(rng.choice((1, 2, 5, 10, 24)), MAX_MODEL_LEN - len(prompt)),
         )
         request = Request(
             request_id=f"r{number}",
-            prompt_token_ids=shared + own,
+            prompt_token_ids=prompt,
             sampling=sampling,
             prefer=rng.choice((Preference.AUTO, Preference.SPLIT, Preference.SPLIT, Preference.LOCAL)),
             cache_salt=rng.choice(("", "", "tenant")),

@@ -12,7 +12,7 @@ from functools import partial
 from diptych.core.events import RequestSubmitted
 from diptych.core.fleet import Epoch
 from diptych.core.ticket import TicketClaims
-from diptych.sim.checks import check_end
+from diptych.sim.checks import check_empty, check_ended
 from diptych.sim.clients import Client
 from diptych.sim.faults import strike
 from diptych.sim.kernel import Kernel
@@ -25,7 +25,8 @@ from diptych.sim.violation import Violation
 
 LOAD_SECONDS = 0.05  # until a worker of the first hour connects
 RESTART_SECONDS = 1.0  # about what a worker takes to come back by itself
-PATIENCE_SECONDS = 300.0  # after the last fault and the last request, everything must be over by then
+PATIENCE_SECONDS = 60.0  # after the last fault and the last request, and what computing takes, no request is left
+REST_SECONDS = 120.0  # after that, nothing happens any more
 
 
 @dataclass(slots=True)
@@ -60,6 +61,11 @@ class World:
         self._tickets: dict[bytes, TicketClaims] = {}
         self._last_epoch: Epoch = 0
         self._healed_at = 0.0
+        steps = sum(
+            len(spec.request.prompt_token_ids) // 4 + len(self.clients[spec.request.request_id].right)
+            for spec in scenario.requests
+        )
+        self._work_seconds = 2 * steps * scenario.cost.step  # if a single worker does it all, one after the other
         self._by_event = {fault.after_event: fault for fault in scenario.faults if fault.after_event is not None}
         for spec in scenario.workers:
             self.kernel.after(LOAD_SECONDS * self.rng.random(), partial(self._start, spec, Segments()))
@@ -74,10 +80,13 @@ class World:
         outcome = self.outcome
         try:
             while self.kernel.step():
-                if self.kernel.now > self._healed_at + PATIENCE_SECONDS:
-                    check_end(self)
+                late = self.kernel.now - self._healed_at - PATIENCE_SECONDS - self._work_seconds
+                if late > 0:
+                    check_ended(self)
+                if late > REST_SECONDS:
                     raise Violation("things still happen long after everything should be over")
-            check_end(self)
+            check_ended(self)
+            check_empty(self)
         except Violation as violation:
             outcome.violation = str(violation)
         except Exception:  # whatever policy raises is a find, too

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diptych.bench.faults.kill_matrix import boundary_cells, phase_cells
+from diptych.bench.faults.kill_matrix import boundary_cells, grid, phase_cells
 from diptych.bench.faults.link_faults import link_cases
 from diptych.bench.faults.runner import Case, run_all
 
@@ -34,6 +34,7 @@ def main() -> None:
     pairs = list(zip(cases, outcomes, strict=True))
     violated = [case for case, outcome in pairs if outcome.violation and not case.owed]
     owed = [case for case, outcome in pairs if outcome.violation and case.owed]
+    print(f"\nLongest wait of a client by phase, victim and signal:\n{grid(outcomes)}\n")
     print(f"{len(outcomes)} cases, {len(violated)} violated, {len(owed)} owed")
     sys.exit(1 if violated else 0)
 

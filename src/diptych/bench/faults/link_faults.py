@@ -55,7 +55,7 @@ class LinkCase:
     async def run(self, directory: Path) -> Outcome:
         """From start to end."""
         case = _DataLink(self, directory) if self.link == "data" else _ControlLink(self, directory)
-        return await outcome(self.name, case.run, case.summary)
+        return await outcome(self.name, case.run, case)
 
 
 def link_cases() -> list[LinkCase]:
@@ -93,7 +93,7 @@ class _Link:
     def __init__(self, case: LinkCase, directory: Path) -> None:
         self._case = case
         self._directory = directory
-        self._answers: list[Answer] = []
+        self.answers: list[Answer] = []
         self._tasks: list[asyncio.Task[Answer]] = []
         self._proxies: list[FaultProxy] = []
         self._epochs: dict[str, int] = {}
@@ -113,9 +113,9 @@ class _Link:
                 self._heal()
             _, late = await asyncio.wait(self._tasks, timeout=NOTICE_SECONDS)
             if late:
-                raise Violation(f"no end after {NOTICE_SECONDS:g} s: {ends(self._answers)}")
-            if any(answer.end is not End.EXACT for answer in self._answers):
-                raise Violation(f"answers: {ends(self._answers)}")
+                raise Violation(f"no end after {NOTICE_SECONDS:g} s: {ends(self.answers)}")
+            if any(answer.end is not End.EXACT for answer in self.answers):
+                raise Violation(f"answers: {ends(self.answers)}")
             if not any(proxy.struck.is_set() for proxy in self._proxies):
                 raise Violation("nothing was spoiled")
         finally:
@@ -127,7 +127,7 @@ class _Link:
 
     def _send(self, fleet: Fleet, *kinds: tuple[int, int, str]) -> list[Answer]:
         answers = [fleet.request(*kind) for kind in kinds]
-        self._answers += answers
+        self.answers += answers
         self._tasks += [asyncio.create_task(fleet.ask(answer)) for answer in answers]
         return answers
 
@@ -137,7 +137,7 @@ class _Link:
 
     def summary(self) -> str:
         """How the answers ended, the longest wait, and how many workers began a new life."""
-        words = [ends(self._answers), f"longest wait {longest_wait(self._answers):.1f} s"]
+        words = [ends(self.answers), f"longest wait {longest_wait(self.answers):.1f} s"]
         return ", ".join([*words, f"{self._lives} new life"] if self._lives else words)
 
 

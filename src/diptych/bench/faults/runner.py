@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from diptych.bench.faults.fleet import Violation
+from diptych.bench.faults.fleet import Answer, Violation, longest_wait
 
 
 class Case(Protocol):
@@ -35,12 +35,27 @@ class Outcome:
     violation: str
     what: str
     seconds: float
+    longest_wait: float  # of a client, in seconds
 
     def fields(self) -> dict[str, Any]:
-        return {"case": self.name, "violation": self.violation, "what": self.what, "seconds": round(self.seconds, 1)}
+        return {
+            "case": self.name,
+            "violation": self.violation,
+            "what": self.what,
+            "longest_wait": round(self.longest_wait, 2),
+            "seconds": round(self.seconds, 1),
+        }
 
 
-async def outcome(name: str, run: Callable[[], Awaitable[None]], summary: Callable[[], str]) -> Outcome:
+class Story(Protocol):
+    """A case under way, and in the end what is to be told of it."""
+
+    answers: list[Answer]
+
+    def summary(self) -> str: ...
+
+
+async def outcome(name: str, run: Callable[[], Awaitable[None]], story: Story) -> Outcome:
     """Run one case, which raises Violation if something is not as it must be."""
     began = time.monotonic()
     violation = ""
@@ -50,7 +65,7 @@ async def outcome(name: str, run: Callable[[], Awaitable[None]], summary: Callab
         violation = str(error)
     except (aiohttp.ClientError, TimeoutError) as error:
         violation = f"the server does not answer: {error!r}"
-    return Outcome(name, violation, summary(), time.monotonic() - began)
+    return Outcome(name, violation, story.summary(), time.monotonic() - began, longest_wait(story.answers))
 
 
 async def run_all(cases: Sequence[Case], parallel: int, directory: Path) -> list[Outcome]:
