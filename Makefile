@@ -34,6 +34,7 @@ bench-handoff: $(VENV)/dev.stamp  ## KV hand-off rates beside memcpy and raw soc
 
 bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
+	$(BIN)/python -m diptych.bench.pauses --json benchmarks/pauses.json
 
 fault-sim: $(VENV)/dev.stamp  ## N=... simulated histories with faults; SEED=... tells one of them
 	$(BIN)/python -m diptych.bench.fault_sim -n $(or $(N),2000) $(if $(SEED),--seed $(SEED)) $(ARGS)

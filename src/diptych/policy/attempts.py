@@ -76,9 +76,8 @@ class Attempts:
         return Avoid(self._health.workers.blocked().union(more), self._health.pairs.blocked())
 
     def spend(self, live: LiveRequest, now: float) -> bool:
-        """Whether the budget has an attempt for it. The first attempt, and the first repetition of one that had got
-        on, are free: there are never more of them than requests. What is repeated again and again is paid for."""
-        return live.retries <= 1 or self._budget.take(now)
+        """Take its next attempt out of the budget; False if there is none for it."""
+        return not _costs(live) or self._budget.take(now)
 
     def begin(self, live: LiveRequest, place: Place, now: float) -> RouterAction:
         """Have the place's workers begin with the log as it is."""
@@ -99,8 +98,8 @@ class Attempts:
         return [worker for worker in self._placement.ready() if worker.worker_id not in blocked]
 
     def _must_wait(self, live: LiveRequest, now: float) -> bool:
-        """Its back-off is not over, or it is on trial and has to be tried alone."""
-        if live.not_before > now:
+        """Its back-off is not over, the budget is spent, or it is on trial and has to be tried alone."""
+        if live.not_before > now or (_costs(live) and not self._budget.has(now)):
             return True
         return _on_trial(live) and any(_on_trial(other) for other in self.running.values())
 
@@ -154,6 +153,12 @@ class Attempts:
         times = [live.not_before for live in self.waiting.values() if live.not_before > now]
         probe = self._health.next_due(now)
         return min(times if probe is None else [*times, probe], default=None)
+
+
+def _costs(live: LiveRequest) -> bool:
+    """The first attempt, and the first repetition of one that had got on, are free: there are never more of them than
+    requests. What is repeated again and again is paid for."""
+    return live.retries > 1
 
 
 def _on_trial(live: LiveRequest) -> bool:

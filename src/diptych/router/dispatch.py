@@ -240,6 +240,7 @@ class Router:
             case messages.Granted(request_id, ticket, cached):
                 self._handle(TicketGranted(worker_id, request_id, ticket, cached))
             case messages.Failed(request_id, code, text):
+                log.info("worker %s could not go on with %s: %s (%s)", worker_id, request_id, text, code)
                 self._handle(RequestFailed(worker_id, request_id, code, text))
             case messages.KVEvents(stored, evicted):
                 self._handle(BlocksCached(worker_id, tuple(stored), tuple(evicted)))
