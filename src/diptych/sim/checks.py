@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from diptych.core.actions import RunStep
@@ -16,68 +16,77 @@ if TYPE_CHECKING:
     from diptych.sim.world import World
 
 
+Place = tuple[int, BlockId]  # a block of one data-parallel rank
+
 SLOW_STEP = 0.1  # seconds; with slower steps, a crowded worker may pass a deadline of the router's without any fault
 
 
 def check_tickets(life: Life) -> None:
     """No two tickets give leave to write to one block, such a block is not free, and nobody sends it on."""
-    tickets = life.receiver.tickets.out
-    if not tickets:
+    owners: dict[Place, str] = {}
+    for place, request_id in _writable(life):
+        if place in owners:
+            raise Violation(f"{_named(life, place)} may be written for {owners[place]} and for {request_id} at once")
+        owners[place] = request_id
+    if not owners:
         return
-    owners: dict[BlockId, str] = {}
-    for request_id, ticket in tickets.items():
-        for block in ticket.writable:
-            if block in owners:
-                raise Violation(
-                    f"block {block} of {life.name} may be written for {owners[block]} and for {request_id} at once"
-                )
-            owners[block] = request_id
-    for reader, blocks in life.reading.values():
-        for block in blocks & owners.keys():
-            raise Violation(
-                f"block {block} of {life.name} is read for {reader} and written for {owners[block]} at once"
-            )
-    if life.policy.pool.num_used < len(owners):
-        raise Violation(f"{life.name} counts blocks as free that {', '.join(tickets)} may still be written to")
+    for reader, places in life.reading.values():
+        for place in places & owners.keys():
+            raise Violation(f"{_named(life, place)} is read for {reader} while {owners[place]} is written to it")
+    if life.blocks_used < len(owners):
+        names = ", ".join(dict.fromkeys(owners.values()))
+        raise Violation(f"{life.name} counts blocks as free that {names} may still be written to")
 
 
 def check_grant(life: Life, claims: TicketClaims) -> None:
     """What is present of a prompt already is of the same tenant; what will be written is this tenant's from now on."""
-    _check_salts(life, claims.request_id, claims.blocks[: claims.first_block], claims.salt)
-    life.salts.update(dict.fromkeys(claims.blocks[claims.first_block :], claims.salt))
+    places = [(claims.data_rank, block) for block in claims.blocks]
+    _check_salts(life, claims.request_id, places[: claims.first_block], claims.salt)
+    life.salts.update(dict.fromkeys(places[claims.first_block :], claims.salt))
 
 
 def check_step(life: Life, step: RunStep) -> None:
     """A step reads no page of another tenant and no block that somebody else may be writing, and writes none that
     somebody else reads or writes."""
-    writable = {
-        block: request_id for request_id, ticket in life.receiver.tickets.out.items() for block in ticket.writable
-    }
-    reading = {block: request_id for request_id, blocks in life.reading.values() for block in blocks}
+    writable = dict(_writable(life))
+    reading = {place: request_id for request_id, places in life.reading.values() for place in places}
     size = life.engine.layout.block_size
     for row in step.batch.rows:
-        request, table = row.sequence.request, row.sequence.block_table
-        for block in table:
-            if block in writable:
+        request = row.sequence.request
+        places = [(row.sequence.data_rank, block) for block in row.sequence.block_table]
+        for place in places:
+            if place in writable:
                 raise Violation(
-                    f"{life.name} computes {request.request_id} with block {block}, "
-                    f"which may still be written for {writable[block]}"
+                    f"{life.name} computes {request.request_id} with {_named(life, place)}, "
+                    f"which may still be written for {writable[place]}"
                 )
-        written = table[row.start // size : (row.end - 1) // size + 1]
-        for block in written:
-            if reading.get(block, request.request_id) != request.request_id:
+        written = places[row.start // size : (row.end - 1) // size + 1]
+        for place in written:
+            if reading.get(place, request.request_id) != request.request_id:
                 raise Violation(
-                    f"{life.name} computes {request.request_id} into block {block}, "
-                    f"which is still being read for {reading[block]}"
+                    f"{life.name} computes {request.request_id} into {_named(life, place)}, "
+                    f"which is still being read for {reading[place]}"
                 )
-        _check_salts(life, request.request_id, table[: row.start // size], request.cache_salt)
+        _check_salts(life, request.request_id, places[: row.start // size], request.cache_salt)
         life.salts.update(dict.fromkeys(written, request.cache_salt))
 
 
-def _check_salts(life: Life, request_id: str, blocks: Iterable[BlockId], salt: str) -> None:
-    for block in blocks:
-        if life.salts.get(block) != salt:
-            raise Violation(f"{life.name} serves {request_id} from block {block}, which is another tenant's")
+def _writable(life: Life) -> Iterator[tuple[Place, str]]:
+    """The blocks that tickets give leave to write to, each with the request that it is for."""
+    for request_id, ticket in life.receiver.tickets.out.items():
+        for block in ticket.writable:
+            yield (ticket.claims.data_rank, block), request_id
+
+
+def _named(life: Life, place: Place) -> str:
+    rank, block = place
+    return f"block {block} of {life.name}" + (f" (data-parallel rank {rank})" if len(life.ranks) > 1 else "")
+
+
+def _check_salts(life: Life, request_id: str, places: Iterable[Place], salt: str) -> None:
+    for place in places:
+        if life.salts.get(place) != salt:
+            raise Violation(f"{life.name} serves {request_id} from {_named(life, place)}, which is another tenant's")
 
 
 def check_awaited(router: Router) -> None:
@@ -118,7 +127,7 @@ def check_empty(world: World) -> None:
 def _check_empty(life: Life) -> None:
     life.policy.check_integrity()
     leftovers = {
-        "blocks in use": life.policy.pool.num_used,
+        "blocks in use": life.blocks_used,
         "requests": 0 if life.policy.idle else ", ".join(life.policy.request_ids) or "nameless",
         "tickets out": ", ".join(life.receiver.tickets.out),
         "pushes": ", ".join(push for link in life.links.values() for push in link.pushes),

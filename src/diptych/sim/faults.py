@@ -38,7 +38,7 @@ def _life(world: World, fault: Fault) -> Life | None:
 
 def _holdings(life: Life) -> str:
     requests = ", ".join(life.policy.request_ids) or "nothing"
-    return f"{requests} ({life.policy.pool.num_used} blocks)"
+    return f"{requests} ({life.blocks_used} blocks)"
 
 
 def _kill(world: World, fault: Fault) -> bool:

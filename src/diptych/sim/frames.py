@@ -124,10 +124,10 @@ def spoiled(content: tuple[bytes, ...], how: Spoil, rng: random.Random) -> tuple
     return tuple(parts)
 
 
-def blocks_read(transfers: Sequence[LayerTransfer], memories: Memories) -> set[int]:
-    """The source's blocks that these ranges lie in."""
+def blocks_read(transfers: Sequence[LayerTransfer], memories: Memories) -> set[tuple[int, int]]:
+    """The source's blocks that these ranges lie in, with the ranks that hold them."""
     return {
-        block
+        (transfer.source_rank, block)
         for transfer in transfers
         for span in transfer.ranges
         for block in _blocks_of(span, memories[transfer.source_rank].layout.block_bytes)

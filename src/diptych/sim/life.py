@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from diptych.core import actions as do
 from diptych.core import events as on
-from diptych.core.blocks import BlockId
 from diptych.core.errors import EngineCorrupt, ServingError
 from diptych.core.fleet import Epoch, WorkerState, WorkerStats, WorkerView
 from diptych.core.kv_layout import LayerTransfer, PrivateMemory
@@ -21,9 +20,10 @@ from diptych.core.ticket import TicketClaims
 from diptych.engine.scripted import ScriptedEngine
 from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool
+from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.worker import WorkerPolicy
 from diptych.sim import frames, messages
-from diptych.sim.checks import check_grant, check_over, check_step, check_tickets
+from diptych.sim.checks import Place, check_grant, check_over, check_step, check_tickets
 from diptych.sim.kernel import Process
 from diptych.sim.network import End, Pipe
 from diptych.sim.push_link import PushLink
@@ -73,21 +73,30 @@ class Life:
         self.next_step_fault: FaultKind | None = None
         self.spoils: list[Spoil] = []
         scenario = world.scenario
-        self.engine = ScriptedEngine(scenario.model, scenario.cost)
+        self.engine = ScriptedEngine(spec.cut(scenario.model), scenario.cost)
         self.memories = self.engine.allocate_kv(spec.num_blocks, segments.allocator())
-        pool = BlockPool(spec.num_blocks, self.engine.layout.block_size)
         limits = BatchLimits(scenario.max_batch_tokens, scenario.max_sequences)
-        eos = self.engine.model.eos_token_ids
-        self.policy = WorkerPolicy(self.engine.layout, pool, limits, eos, handoff_timeout=scenario.handoff_timeout)
+        self.ranks = [self._rank(number, limits) for number in range(self.engine.layout.data_parallel)]
+        self.policy = self.ranks[0] if len(self.ranks) == 1 else DataParallelPolicy(self.ranks)
         self.receiver = Receiver(self)
-        self.reading: dict[int, tuple[str, set[int]]] = {}  # what queued pushes still have to read
-        self.salts: dict[BlockId, str] = {}  # whose pages they are: of which tenant
+        self.reading: dict[int, tuple[str, set[Place]]] = {}  # what queued pushes still have to read
+        self.salts: dict[Place, str] = {}  # whose pages they are: of which tenant
         self._readings = count()
         self._step_running = False  # the engine computes
         self._in_flight = False  # policy waits for the outcome of a step
         self._ended: list[str] = []  # requests about which the router has said everything
         self._tick_due = self._report_due = False
         self._last_stats = WorkerStats()
+
+    def _rank(self, data_rank: int, limits: BatchLimits) -> WorkerPolicy:
+        layout, eos = self.engine.layout, self.engine.model.eos_token_ids
+        pool = BlockPool(self.spec.num_blocks, layout.block_size)
+        timeout = self.world.scenario.handoff_timeout
+        return WorkerPolicy(layout, pool, limits, eos, handoff_timeout=timeout, data_rank=data_rank)
+
+    @property
+    def blocks_used(self) -> int:
+        return sum(rank.pool.num_used for rank in self.ranks)
 
     @property
     def worker_id(self) -> str:
@@ -114,7 +123,7 @@ class Life:
             role=self.spec.role,
             state=state,
             epoch=self.epoch,
-            num_blocks=self.spec.num_blocks,
+            num_blocks=self.spec.num_blocks * len(self.ranks),
             block_size=layout.block_size,
             token_bytes=layout.token_bytes,
             transports=("shm", "tcp"),
@@ -158,7 +167,7 @@ class Life:
     def _report(self) -> None:
         """Tell the router about changed load and cached blocks."""
         self._report_due = False
-        stored, evicted = self.policy.pool.drain_events()
+        stored, evicted = self.policy.drain_cache_events()
         if stored or evicted:
             self._to_router(on.BlocksCached(self.worker_id, tuple(stored), tuple(evicted)))
         stats = self.policy.stats()
@@ -242,6 +251,7 @@ class Life:
             layout=self.engine.layout,
             model_digest=self.engine.model.digest,
             salt=grant.request.cache_salt,
+            data_rank=grant.data_rank,
             nonce=self.world.rng.randbytes(16),
         )
         self.receiver.expect(claims)
@@ -301,7 +311,9 @@ class Life:
     def begin_reading(self, request_id: str, transfers: Sequence[LayerTransfer]) -> int:
         """Somebody is going to read these pages; returns what to give to `end_reading`."""
         reading = next(self._readings)
-        self.reading[reading] = (request_id, frames.blocks_read(transfers, self.memories))
+        ranks_of_each = self.engine.layout.world_size // len(self.ranks)
+        blocks = frames.blocks_read(transfers, self.memories)
+        self.reading[reading] = (request_id, {(rank // ranks_of_each, block) for rank, block in blocks})
         return reading
 
     def end_reading(self, reading: int) -> None:

@@ -6,11 +6,13 @@ Everything is drawn before anything runs, so a failing scenario can be made smal
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from diptych.core.blocks import blocks_for
 from diptych.core.fleet import Role
 from diptych.core.request import Preference, Request, SamplingParams
+from diptych.core.settings import ParallelSettings
 from diptych.engine.scripted import ScriptedModel, StepCost
 
 BLOCK_SIZE = 4
@@ -52,6 +54,12 @@ class WorkerSpec:
     host: str
     num_blocks: int
     supervised: bool
+    block_size: int = BLOCK_SIZE
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+
+    def cut(self, model: ScriptedModel) -> ScriptedModel:
+        """The model as this worker holds it. It has `num_blocks` blocks on each data-parallel rank."""
+        return replace(model, block_size=self.block_size, parallel=self.parallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,7 @@ def draw(seed: int) -> Scenario:
     requests = _requests(rng, busy, 10 if crowded else rng.choice((1, 3, 6, 10)))
     span = requests[-1].at + 12 * step
     names = [worker.worker_id for worker in workers]
+    any_cut = any(worker.parallel.world_size > 1 for worker in workers)
     faults = tuple(_fault(rng, names, span) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6))))
     return Scenario(
         seed=seed,
@@ -110,7 +119,10 @@ def draw(seed: int) -> Scenario:
         requests=requests,
         faults=faults,
         model=ScriptedModel(
-            block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN, num_layers=rng.choice((1, 2)), eos_every=20
+            max_model_len=MAX_MODEL_LEN,
+            num_layers=2 if any_cut else rng.choice((1, 2)),
+            num_kv_heads=2 if any_cut else 1,
+            eos_every=20,
         ),
         cost=StepCost(step=step, token=step / 20),
         latency=rng.choice((0.0005, 0.005, 0.1)),
@@ -131,12 +143,32 @@ def _workers(rng: random.Random, crowded: bool) -> tuple[WorkerSpec, ...]:
     if crowded:
         roles = rng.choice(([Role.MIXED], [Role.MIXED, Role.MIXED], [Role.PREFILL, Role.DECODE]))
     hosts = rng.choice((("a",), ("a", "b")))
-    smallest = MAX_MODEL_LEN // BLOCK_SIZE + 1  # the shells refuse less than one request of full length
-    num_blocks = smallest if crowded else rng.choice((smallest, smallest + 3, 24, 48))
-    return tuple(
-        WorkerSpec(f"{role}-{number}", role, rng.choice(hosts), num_blocks, supervised=rng.random() < 0.5)
-        for number, role in enumerate(roles)
+    # The shells refuse less than one request of full length.
+    kv_tokens = MAX_MODEL_LEN + 4 if crowded else rng.choice((MAX_MODEL_LEN + 4, MAX_MODEL_LEN + 16, 96, 192))
+    uniform = rng.random() < 0.7
+    workers = []
+    for number, role in enumerate(roles):
+        block_size, parallel = (BLOCK_SIZE, ParallelSettings()) if uniform else _cut(rng)
+        num_blocks, supervised = blocks_for(kv_tokens, block_size), rng.random() < 0.5
+        worker = WorkerSpec(
+            f"{role}-{number}",
+            role,
+            rng.choice(hosts),
+            num_blocks,
+            supervised,
+            block_size=block_size,
+            parallel=parallel,
+        )
+        workers.append(worker)
+    return tuple(workers)
+
+
+def _cut(rng: random.Random) -> tuple[int, ParallelSettings]:
+    """How one worker is cut into ranks, and its blocks' size."""
+    parallel = ParallelSettings(
+        tensor=rng.choice((1, 1, 2, 4)), pipeline=rng.choice((1, 1, 2)), data=rng.choice((1, 1, 1, 2))
     )
+    return rng.choice((2, 4, 8)), parallel
 
 
 def _requests(rng: random.Random, busy: float, count: int) -> tuple[RequestSpec, ...]:

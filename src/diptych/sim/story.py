@@ -61,7 +61,9 @@ def cast(scenario: Scenario) -> Iterator[str]:
     """Who takes part, and how fast things go."""
     for worker in scenario.workers:
         kind = "supervised" if worker.supervised else "joined"
-        yield f"{worker.worker_id}, on host {worker.host}, {kind}, has {worker.num_blocks} KV blocks"
+        layout = worker.cut(scenario.model).layout
+        blocks = f"{worker.num_blocks} KV blocks of {worker.block_size} tokens"
+        yield f"{worker.worker_id}, on host {worker.host}, {kind}, has {blocks}{layout.cut and f', cut {layout.cut}'}"
     yield (
         f"a message takes about {scenario.latency:g} s, a step {scenario.cost.step:g} s; at most "
         f"{scenario.max_sequences} sequences and {scenario.max_batch_tokens} tokens to a step"
