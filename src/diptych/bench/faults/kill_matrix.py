@@ -89,11 +89,6 @@ class Cell:
         transport = "" if self.transport == "auto" else f" ({self.transport})"
         return f"{self.phase.name}{transport} / {self.victim} / {self.signum.name.removeprefix('SIG')}"
 
-    @property
-    def owed(self) -> str:
-        """Why it is known to fail; empty if it must not."""
-        return ""
-
     async def run(self, directory: Path) -> Outcome:
         """From start to end."""
         names = [self.phase.failpoint] if self.phase.role != "victim" else list(DRAINING)
