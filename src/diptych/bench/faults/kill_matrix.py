@@ -89,11 +89,6 @@ class Cell:
         transport = "" if self.transport == "auto" else f" ({self.transport})"
         return f"{self.phase.name}{transport} / {self.victim} / {self.signum.name.removeprefix('SIG')}"
 
-    @property
-    def owed(self) -> str:
-        """Why it is known to fail; empty if it must not."""
-        return ""
-
     async def run(self, directory: Path) -> Outcome:
         """From start to end."""
         names = [self.phase.failpoint] if self.phase.role != "victim" else list(DRAINING)
@@ -120,8 +115,8 @@ def boundary_cells() -> list[Cell]:
 
 
 def grid(outcomes: Iterable[Outcome]) -> str:
-    """The matrix for people: a line for each phase, a column for each victim and signal; the longest wait of a client
-    in seconds, or what was violated."""
+    """The matrix for people: a line for each phase (of which there are outcomes), a column for each victim and signal;
+    the longest wait of a client in seconds, or that something was violated."""
     by_name = {outcome.name: outcome for outcome in outcomes}
     columns = list(itertools.product(VICTIMS, SIGNALS))
     width = max(len(phase.name) for phase in PHASES)
@@ -129,7 +124,8 @@ def grid(outcomes: Iterable[Outcome]) -> str:
     lines = [" ".join([" " * width, *(f"{title:>13}" for title in titles)])]
     for phase in PHASES:
         found = [by_name.get(Cell(phase, *column).name) for column in columns]
-        lines.append(" ".join([f"{phase.name:<{width}}", *(f"{_in_grid(outcome):>13}" for outcome in found)]))
+        if any(found):
+            lines.append(" ".join([f"{phase.name:<{width}}", *(f"{_in_grid(outcome):>13}" for outcome in found)]))
     return "\n".join(lines)
 
 

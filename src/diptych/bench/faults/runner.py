@@ -15,14 +15,10 @@ from diptych.bench.faults.fleet import Answer, Violation, longest_wait
 
 
 class Case(Protocol):
-    """`owed` says why a case is known to fail (empty: it must not). `run` gets a directory of its own, which does not
-    exist yet; its log stays there."""
+    """`run` gets a directory of its own, which does not exist yet; its log stays there."""
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def owed(self) -> str: ...
 
     async def run(self, directory: Path) -> Outcome: ...
 
@@ -75,15 +71,8 @@ async def run_all(cases: Sequence[Case], parallel: int, directory: Path) -> list
     async def run_one(number: int, case: Case) -> Outcome:
         async with places:
             result = await case.run(directory / str(number))
-        print(f"{result.name:<60} {result.seconds:5.1f} s  {_verdict(case, result)}; {result.what}", flush=True)
-        if result.violation:
-            print(f"    {directory / str(number) / 'log'}", flush=True)
+        verdict = f"VIOLATED: {result.violation} ({directory / str(number)}/log)" if result.violation else "ok"
+        print(f"{result.name:<60} {result.seconds:5.1f} s  {verdict}; {result.what}", flush=True)
         return result
 
     return await asyncio.gather(*(run_one(number, case) for number, case in enumerate(cases)))
-
-
-def _verdict(case: Case, result: Outcome) -> str:
-    if not result.violation:
-        return f"ok, although it was owed ({case.owed})" if case.owed else "ok"
-    return f"owed ({case.owed}): {result.violation}" if case.owed else f"VIOLATED: {result.violation}"
