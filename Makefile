@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test check bench bench-handoff bench-survival docs clean
+.PHONY: serve test check bench bench-handoff bench-overlap bench-survival docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -28,6 +28,9 @@ bench: $(VENV)/dev.stamp  ## engine, serving and interference figures (benchmark
 
 bench-handoff: $(VENV)/dev.stamp  ## KV hand-off rates beside memcpy and raw sockets (benchmarks/handoff.md)
 	$(BIN)/python -m diptych.bench.handoff_bench --out benchmarks
+
+bench-overlap: $(VENV)/dev.stamp  ## how much of a hand-off the prefill hides (benchmarks/overlap.md)
+	$(BIN)/python -m diptych.bench.overlap --out benchmarks
 
 bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
