@@ -49,7 +49,7 @@ class Plan:
     engine: str = "torch"
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     transports: tuple[str, ...] = ("shm", "tcp")
-    rounds: int = 7
+    rounds: int = 5
 
     @property
     def max_model_len(self) -> int:
