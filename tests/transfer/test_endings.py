@@ -181,7 +181,7 @@ def test_a_mapped_writer_that_breaks_the_rules_is_gone_only_when_it_hangs_up(tmp
         claims = claims_for("r1", BLOCKS)
         made.receiver.expect(claims)
         source.begin(claims)
-        source.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", LAYOUT.digest, "model"))
+        source.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", LAYOUT, "model"))
         assert source.connection.receive() is None  # the target is done with it
         made.receiver.revoke("r1")
         source.connection._socket.sendall(bytes(100_000))  # read, and ignored
@@ -197,7 +197,7 @@ def test_another_wire_version_is_refused(version: int, tmp_path: Path) -> None:
     with world("tcp", tmp_path) as made:
         connection = dial(made.endpoint.address, KEY, frames.FromTarget)
         with contextlib.closing(connection):
-            connection.send(frames.PushHello(version, "prefill-1", LAYOUT.digest, "model"))
+            connection.send(frames.PushHello(version, "prefill-1", LAYOUT, "model"))
             assert connection.receive() is None
 
 
@@ -217,7 +217,7 @@ def test_pages_travel_inline_over_a_unix_socket_too(tmp_path: Path) -> None:
     """A target without memory to share takes its pages out of the frames, wherever they come from."""
     with world("tcp", tmp_path) as made:
         made.receiver._target = type(made.receiver._target)(
-            key=KEY, epoch=EPOCH, memory=made.target, model_digest="model", descriptor=None
+            key=KEY, epoch=EPOCH, memories=made.targets, model_digest="model"
         )
         made.endpoint = KVEndpoint(transport="tcp", address=made.receiver.listen(f"unix:{tmp_path / 'inline'}"))
         made.link()

@@ -133,7 +133,7 @@ def test_several_sources_push_to_one_target(tmp_path: Path) -> None:
         endpoints = [made.endpoint, type(made.endpoint)(transport="tcp", address=over_tcp)] * 2
         expected = bytes(made.target.buffer)
         for number, made.endpoint in enumerate(endpoints):
-            made.source = random_memory(number)
+            made.sources = (random_memory(number),)
             link = made.link()
             requests = []
             for part in range(3):

@@ -7,12 +7,15 @@ import mmap
 import os
 import tempfile
 
+import numpy as np
 import pytest
 
 from diptych.core.errors import ConfigError, TransferError
-from diptych.core.kv_layout import ByteRange, KVLayout, KVMemory, LayerTransfer
+from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
 from diptych.transfer.memory import SharedMemory, map_memory
-from diptych.transfer.writers import InlineWriter, MappedWriter
+from diptych.transfer.pieces import Piece
+from diptych.transfer.places import Places
+from diptych.transfer.writers import MappedWriter, get
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="uint8", block_size=16)
 NUM_BLOCKS = 3
@@ -76,23 +79,15 @@ def test_a_file_that_could_shrink_is_not_mapped() -> None:
             map_memory(os.dup(file.fileno()), LAYOUT, NUM_BLOCKS)
 
 
-@pytest.mark.parametrize(
-    "span",
-    [
-        ByteRange(-1, 0, 1),
-        ByteRange(0, 0, -1),
-        ByteRange(NUM_BLOCKS * LAYOUT.block_bytes, 0, 1),
-        ByteRange(0, 0, NUM_BLOCKS * LAYOUT.block_bytes + 1),
-    ],
-)
-def test_no_writer_leaves_its_layer(span: ByteRange) -> None:
-    source = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(bytearray(b"s" * SIZE)))
+@pytest.mark.parametrize("span", [(-1, 1), (SIZE // LAYOUT.num_layers, 1), (0, SIZE // LAYOUT.num_layers + 1)])
+def test_nothing_leaves_its_layer(span: tuple[int, int]) -> None:
+    outside = Places(np.array([8, span[0]]), np.array([8, span[1]]))
+    inside = Places(np.array([0]), np.array([outside.nbytes]))
     target = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(mmap.mmap(-1, SIZE)))
-    good = ByteRange(0, 0, LAYOUT.block_bytes)
-    for writer in (MappedWriter(target), InlineWriter()):
-        with pytest.raises(TransferError, match="leaves a layer"):
-            writer.write(LayerTransfer(0, 0, 0, (good, span)), source)
-    swapped = ByteRange(span.target_offset, span.source_offset, span.length)
-    with pytest.raises(TransferError, match="leaves a layer"):
-        MappedWriter(target).write(LayerTransfer(0, 0, 0, (good, swapped)), source)
+    scratch = memoryview(bytearray(outside.nbytes))
+    with pytest.raises(TransferError, match="leave a layer"):
+        get(outside, target.layer(0), scratch)
+    piece = Piece(inside, outside, (outside.nbytes,), are_long=False)
+    with pytest.raises(TransferError, match="leave a layer"):
+        MappedWriter([target]).write(LayerTransfer(0, 0, 0, ()), piece, [memoryview(b"s" * outside.nbytes)])
     assert not any(target.buffer)  # all or nothing

@@ -1,46 +1,76 @@
-"""Frames and pieces: the same bytes in the same order, in portions of the right size."""
+"""Frames and pieces: the same bytes in the same order, in portions of the right size, whole unit by whole unit."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_any_layout import Case, cases
 
-from diptych.core.kv_layout import ByteRange
+from diptych.policy.digest_units import byte_runs, digest_units
+from diptych.policy.resharding import plan_resharding
 from diptych.transfer import pieces
-from diptych.transfer.pieces import Ranges, cut, frames_of
-
-SIZE = 16
-
-some_ranges = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(1, 20))).map(
-    lambda spans: tuple(ByteRange(*(blocks * SIZE for blocks in span)) for span in spans)
-)
+from diptych.transfer.expected import Expected
+from diptych.transfer.pieces import PairFrames, PlanFrames
+from diptych.transfer.places import Places
 
 
-def every_byte(*parts: Ranges) -> list[tuple[int, int]]:
-    spans = [span for part in parts for span in part]
-    return [(span.source_offset + n, span.target_offset + n) for span in spans for n in range(span.length)]
+def every_byte(places: Places) -> list[int]:
+    runs = zip(places.starts.tolist(), places.lengths.tolist(), strict=True)
+    return [start + step for start, length in runs for step in range(length)]
 
 
-@given(some_ranges, st.integers(1, 100))
-def test_cut_ranges_are_the_same_ranges(ranges: Ranges, nbytes: int) -> None:
-    parts = list(cut(ranges, SIZE, nbytes))
-    assert every_byte(*parts) == every_byte(ranges)
-    sizes = [sum(span.length for span in part) for part in parts]
-    assert all(size == max(nbytes // SIZE, 1) * SIZE for size in sizes[:-1])
-    assert all(0 < size <= max(nbytes, SIZE) for size in sizes)
+def cut(case: Case) -> list[PairFrames]:
+    plan = plan_resharding(case.source, case.target, case.missing)
+    return [frames for _, _, frames in PlanFrames(plan, case.source.layout, case.claims("r1")).of_layer(0)]
 
 
-@given(some_ranges, st.integers(1, 200), st.integers(1, 100))
-def test_frames_consist_of_pieces(ranges: Ranges, frame_bytes: int, piece_bytes: int) -> None:
+@given(cases(), st.integers(1, 3000), st.integers(1, 1000))
+def test_frames_and_pieces_are_the_units_in_order(case: Case, frame_bytes: int, piece_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "FRAME_BYTES", frame_bytes)
         patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
-        frames = frames_of(ranges, SIZE)
-    assert every_byte(*(piece.ranges for frame in frames for piece in frame)) == every_byte(ranges)
-    for frame in frames:
-        assert 0 < sum(len(piece.blocks) for piece in frame) * SIZE <= max(frame_bytes, SIZE)
-        for piece in frame:
-            assert [source for source, _ in every_byte(piece.ranges)] == [
-                byte for block in piece.blocks for byte in range(block * SIZE, (block + 1) * SIZE)
-            ]
+        pairs = [[frames[index] for index in range(len(frames))] for frames in cut(case)]
+    units = digest_units(case.source.layout, case.target.layout, case.missing)
+    for frames in pairs:
+        group = case.missing.start // max(case.source.layout.block_size, case.target.layout.block_size)
+        for frame in frames:
+            assert frame.first_group == group
+            assert frame.nbytes <= frame_bytes or sum(len(piece.unit_ends) for piece in frame.pieces) == 1
+            for piece in frame.pieces:
+                start = 0
+                for end in piece.unit_ends:
+                    unit = units.pop(0)
+                    for kv, places in ((case.source, piece.source), (case.target, piece.target)):
+                        runs = [range(offset, offset + length) for offset, length in byte_runs(kv, unit)]
+                        assert every_byte(places.part(start, end)) == [byte for run in runs for byte in run]
+                    start, group = end, group + 1
+                assert start == piece.source.nbytes == piece.target.nbytes
+                assert start <= piece_bytes or len(piece.unit_ends) == 1
+    assert not units
+
+
+@given(cases(), st.data())
+def test_the_target_finds_the_same_places(case: Case, data: st.DataObject) -> None:
+    """It knows the source's layout, and neither its blocks nor how it cuts frames."""
+    from diptych.transfer import frames
+
+    claims = case.claims("r1")
+    expected = Expected(case.source.layout, claims)
+    units = digest_units(case.source.layout, case.target.layout, case.missing)
+    groups = len(units) // len({unit.pair for unit in units})
+    pair = data.draw(st.integers(0, len(units) // groups - 1))
+    start = data.draw(st.integers(0, groups - 1))
+    stop = data.draw(st.integers(start + 1, groups))
+    layer = data.draw(st.integers(0, claims.layout.num_layers - 1))
+    first = case.missing.start // max(case.source.layout.block_size, case.target.layout.block_size)
+    frame = frames.Pages("r1", claims.nonce, claims.epoch, layer, pair, first + start, bytes(8 * (stop - start)), 0)
+    share = expected.share(frame)
+    wanted = units[pair * groups + start : pair * groups + stop]
+    runs = [byte_runs(case.target, unit) for unit in wanted]
+    assert every_byte(share.places) == [byte for run in runs for at, size in run for byte in range(at, at + size)]
+    lengths = [sum(length for _, length in run) for run in runs]
+    assert share.unit_ends == [sum(lengths[: index + 1]) for index in range(len(lengths))]
+    layout = claims.layout
+    assert layer in layout.layers_of(share.rank)
+    assert set(wanted[0].pair.heads) <= set(layout.heads_of(share.rank))

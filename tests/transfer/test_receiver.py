@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from diptych.wire.codec import LENGTH
 
 LAYERS = range(LAYOUT.num_layers)
 BLOCKS = (5, 6, 2)
+OTHER = replace(LAYOUT, head_dim=8)
 
 
 def assert_still_works(made: World) -> None:
@@ -113,10 +115,10 @@ def test_an_inline_write_that_ends_in_the_middle_fails_the_handoff(tmp_path: Pat
     [
         {"layer": len(LAYERS)},
         {"layer": -1},
-        {"first_block": 0},
-        {"first_block": 2},
-        {"first_block": -(2**62)},
-        {"first_block": 2**62},
+        {"first_group": 0},
+        {"first_group": 2},
+        {"first_group": -(2**62)},
+        {"first_group": 2**62},
         {"digests": b""},
         {"digests": bytes(8 * 2)},
         {"digests": bytes(8 * 3)},
@@ -200,11 +202,11 @@ def test_a_ticket_serves_one_connection_once(tmp_path: Path) -> None:
         assert made.at_target.empty
 
 
-@pytest.mark.parametrize("change", [{"layout": "another"}, {"model": "another"}])
-def test_a_source_that_serves_something_else_is_not_welcome(change: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"layout": OTHER}, {"model": "another"}])
+def test_a_source_that_serves_something_else_is_not_welcome(change: dict[str, object], tmp_path: Path) -> None:
     with world("shm", tmp_path) as made:
         with ScriptedSource(made, **change) as source:
-            assert source.welcome is None
+            assert isinstance(source.welcome, frames.Refused)
         assert_still_works(made)
 
 

@@ -9,18 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transfer_harness import KEY, LAYOUT, NUM_BLOCKS, SOCKET_TRANSPORTS, TOKEN, Inbox, claims_for, random_memory
+from transfer_harness import (
+    KEY,
+    LAYOUT,
+    NUM_BLOCKS,
+    SOCKET_TRANSPORTS,
+    TOKEN,
+    Inbox,
+    claims_for,
+    page_digests,
+    random_memory,
+)
 
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint
 from diptych.core.kv_layout import KVMemory, LayerTransfer
-from diptych.core.ports import PageSource, PageWriter
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
 from diptych.transfer import frames, sender
-from diptych.transfer.digest import layer_digests
 from diptych.transfer.memory import SharedMemory
+from diptych.transfer.pieces import Piece
 from diptych.transfer.sender import Identity, PushLink, WrapWriter
+from diptych.transfer.writers import Content, PageWriter
 from diptych.wire.blocking import BlockingConnection, accept, listening_socket
 from diptych.wire.messages import WIRE_VERSION
 
@@ -29,6 +39,10 @@ SOURCE_BLOCKS = [9, 3, 4]
 BLOCKS = (5, 6, 2)
 IDENTITY = Identity(key=KEY, worker_id="prefill-0", model_digest="model")
 NOTHING_SECONDS = 0.02  # long enough to notice something that should not come
+
+
+def welcome(num_blocks: int, num_descriptors: int = 1) -> frames.PushWelcome:
+    return frames.PushWelcome(LAYOUT, num_blocks, int(num_descriptors), b"link")
 
 
 class ScriptedTarget:
@@ -43,11 +57,11 @@ class ScriptedTarget:
 
     def hear_hello(self) -> None:
         self.connection = accept(self._listener.accept()[0], KEY, frames.FromSource)
-        assert self.next() == frames.PushHello(WIRE_VERSION, "prefill-0", LAYOUT.digest, "model")
+        assert self.next() == frames.PushHello(WIRE_VERSION, "prefill-0", LAYOUT, "model")
 
     def meet(self) -> None:
         self.hear_hello()
-        self.say(frames.PushWelcome(NUM_BLOCKS))
+        self.say(welcome(NUM_BLOCKS, self.endpoint.transport == "shm"))
         if self.endpoint.transport == "shm":
             self.connected.send_descriptor(self.segment.descriptor)
 
@@ -71,9 +85,9 @@ class ScriptedTarget:
 
     def take_pages(self, claims: TicketClaims, layer: int, source: KVMemory) -> None:
         """The next frame is this layer's pages of the whole request, with its payload."""
-        digests = layer_digests(source, layer, SOURCE_BLOCKS)
+        digests = page_digests(source, layer, SOURCE_BLOCKS)
         nbytes = 0 if self.endpoint.transport == "shm" else len(BLOCKS) * LAYOUT.block_bytes
-        assert self.next() == frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, 0, digests, nbytes)
+        assert self.next() == frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, 0, 0, digests, nbytes)
         self.connected.discard(nbytes)
 
     def hears_nothing(self) -> None:
@@ -94,7 +108,7 @@ class Encounter:
         self.target = target
         self.source = random_memory(1)
         self.events = Inbox()
-        self.link = PushLink("decode-0", target.endpoint, IDENTITY, self.source, self.events.put, wrap)
+        self.link = PushLink("decode-0", target.endpoint, IDENTITY, [self.source], self.events.put, wrap, num_streams=1)
 
     def push(self, claims: TicketClaims, layers: Sequence[int] = LAYERS, *, close: bool = True) -> None:
         plan = plan_transfer(LAYOUT, LAYOUT, SOURCE_BLOCKS, claims.blocks, first_block=0)
@@ -132,12 +146,12 @@ def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
         target.say(frames.Go("r1", claims.nonce))
         for layer in LAYERS:
             target.take_pages(claims, layer, made.source)
-        assert target.next() == frames.Close("r1", claims.nonce, claims.epoch, TOKEN, b"")
+        assert target.next() == frames.Close("r1", claims.nonce, claims.epoch, len(LAYERS), TOKEN, b"")
         assert made.events.empty
         target.say(frames.Accepted("r1", claims.nonce))
         assert made.events.next() == PushAccepted("r1")
         target.say(frames.Accepted("r1", claims.nonce))  # twice
-        target.say(frames.PushWelcome(1))  # out of turn
+        target.say(frames.PushWelcome(LAYOUT, 1, 0, b""))  # out of turn
         target.say(frames.Cancel("unknown", b"nonce"))
         assert target.next() == frames.Stopped("unknown", b"nonce")  # so all of the above has been heard
         made.abandon(claims)  # too late to matter
@@ -296,7 +310,7 @@ def test_memory_that_is_not_what_was_announced_is_not_mapped(tmp_path: Path) -> 
         claims = claims_for("r1", BLOCKS)
         made.push(claims)
         made.target.hear_hello()
-        made.target.say(frames.PushWelcome(NUM_BLOCKS + 1))
+        made.target.say(welcome(NUM_BLOCKS + 1))
         made.target.connected.send_descriptor(made.target.segment.descriptor)
         assert made.events.next() == LinkLost("decode-0", ("r1",))
         assert made.target.next() is None
@@ -305,7 +319,7 @@ def test_memory_that_is_not_what_was_announced_is_not_mapped(tmp_path: Path) -> 
 def test_an_endpoint_on_another_machine_is_a_lost_link() -> None:
     events = Inbox()
     endpoint = KVEndpoint(transport="tcp", address="tcp:192.0.2.1:7")
-    link = PushLink("decode-0", endpoint, IDENTITY, random_memory(1), events.put)
+    link = PushLink("decode-0", endpoint, IDENTITY, [random_memory(1)], events.put)
     claims = claims_for("r1", BLOCKS)
     link.close_handoff("r1", claims, TOKEN)
     assert events.next() == LinkLost("decode-0", ("r1",))
@@ -321,10 +335,10 @@ class GatedWriter:
         self._writer = writer
         self.begun, self.may_go_on = threading.Event(), threading.Event()
 
-    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
+    def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
         self.begun.set()
         assert self.may_go_on.wait(20)
-        return self._writer.write(transfer, source)
+        return self._writer.write(transfer, piece, content)
 
 
 @contextlib.contextmanager

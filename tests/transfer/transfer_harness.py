@@ -6,20 +6,20 @@ import contextlib
 import os
 import queue
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diptych.core.fleet import KVEndpoint
-from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.kv_layout import KVLayout, KVMemory, SequenceKV
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
-from diptych.policy.resharding import plan_transfer
+from diptych.policy.resharding import plan_resharding
 from diptych.transfer import frames
-from diptych.transfer.digest import layer_digests
+from diptych.transfer.digest import unit_digests
 from diptych.transfer.local import LocalEndpoint
-from diptych.transfer.memory import SharedMemory
+from diptych.transfer.memory import SharedMemory, memory_bytes
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.sender import Identity, PushLink, WrapWriter
 from diptych.wire.blocking import BlockingConnection, dial
@@ -34,20 +34,31 @@ SOCKET_TRANSPORTS = ("shm", "tcp", "tls")
 TRANSPORTS = (*SOCKET_TRANSPORTS, "local")
 
 
-def random_memory(seed: int, layout: KVLayout = LAYOUT) -> KVMemory:
-    size = layout.num_layers * NUM_BLOCKS * layout.block_bytes
-    return KVMemory(layout, NUM_BLOCKS, memoryview(bytearray(random.Random(seed).randbytes(size))))
+def random_memory(seed: int, layout: KVLayout = LAYOUT, rank: int = 0) -> KVMemory:
+    """Of one rank. Ranks with the same seed hold different bytes, so that no two could be mixed up."""
+    size = memory_bytes(layout, NUM_BLOCKS, rank)
+    return KVMemory(layout, NUM_BLOCKS, memoryview(bytearray(random.Random(seed + rank).randbytes(size))), rank)
 
 
-def claims_for(request_id: str, blocks: tuple[int, ...], first_block: int = 0, epoch: int = EPOCH) -> TicketClaims:
+def claims_for(
+    request_id: str,
+    blocks: tuple[int, ...],
+    first_block: int = 0,
+    *,
+    epoch: int = EPOCH,
+    layout: KVLayout = LAYOUT,
+    num_tokens: int | None = None,
+    data_rank: int = 0,
+) -> TicketClaims:
     return TicketClaims(
         request_id=request_id,
         worker_id="decode-0",
         epoch=epoch,
         blocks=blocks,
         first_block=first_block,
-        num_tokens=len(blocks) * LAYOUT.block_size,
-        layout=LAYOUT,
+        num_tokens=len(blocks) * layout.block_size if num_tokens is None else num_tokens,
+        layout=layout,
+        data_rank=data_rank,
         model_digest="model",
         salt="",
         nonce=os.urandom(16),
@@ -74,24 +85,37 @@ class World:
     """`source` pushes to `target` over `endpoint`; what the two sides report lies in the inboxes."""
 
     endpoint: KVEndpoint | LocalEndpoint
-    source: KVMemory
-    target: KVMemory
+    sources: tuple[KVMemory, ...]  # by rank
+    targets: tuple[KVMemory, ...]
     receiver: KVReceiver
     at_target: Inbox
     at_source: Inbox = field(default_factory=Inbox)
     links: list[PushLink] = field(default_factory=list)
 
-    def link(self, wrap: WrapWriter = lambda writer: writer) -> PushLink:
-        identity = Identity(key=KEY, worker_id="prefill-0", model_digest="model")
-        self.links.append(PushLink("decode-0", self.endpoint, identity, self.source, self.at_source.put, wrap))
-        return self.links[-1]
+    @property
+    def source(self) -> KVMemory:
+        return self.sources[0]
 
-    def push_all(self, link: PushLink, claims: TicketClaims, source_blocks: list[int]) -> None:
-        """Every layer of every missing block, then the end. `source_blocks` is the whole table."""
-        first = claims.first_block
-        plan = plan_transfer(LAYOUT, LAYOUT, source_blocks[first:], claims.blocks[first:], first_block=first)
-        if plan.num_blocks:
-            for layer in range(LAYOUT.num_layers):
+    @property
+    def target(self) -> KVMemory:
+        return self.targets[0]
+
+    def link(self, wrap: WrapWriter = lambda writer: writer, num_streams: int = 2) -> PushLink:
+        identity = Identity(key=KEY, worker_id="prefill-0", model_digest="model")
+        link = PushLink(
+            "decode-0", self.endpoint, identity, self.sources, self.at_source.put, wrap, num_streams=num_streams
+        )
+        self.links.append(link)
+        return link
+
+    def push_all(self, link: PushLink, claims: TicketClaims, source_blocks: Sequence[int], data_rank: int = 0) -> None:
+        """Every layer of everything that is missing, then the end. `source_blocks` is the whole table."""
+        origin = SequenceKV(self.source.layout, source_blocks, data_rank=data_rank)
+        there = SequenceKV(claims.layout, claims.blocks, data_rank=claims.data_rank)
+        tokens = range(claims.first_block * claims.layout.block_size, claims.num_tokens)
+        if tokens:
+            plan = plan_resharding(origin, there, tokens)
+            for layer in range(claims.layout.num_layers):
                 link.push(claims.request_id, claims, plan, layer)
         link.close_handoff(claims.request_id, claims, TOKEN)
 
@@ -101,43 +125,59 @@ class World:
 
 
 @contextlib.contextmanager
-def world(transport: str, directory: Path, seed: int = 0, layout: KVLayout = LAYOUT) -> Iterator[World]:
-    segment = SharedMemory(layout.num_layers * NUM_BLOCKS * layout.block_bytes)
-    target = KVMemory(layout, NUM_BLOCKS, segment.buffer)
+def world(
+    transport: str, directory: Path, seed: int = 0, layout: KVLayout = LAYOUT, target_layout: KVLayout | None = None
+) -> Iterator[World]:
+    target_layout = target_layout or layout
+    ranks = range(target_layout.world_size)
+    segments = [SharedMemory(memory_bytes(target_layout, NUM_BLOCKS, rank)) for rank in ranks]
+    targets = tuple(KVMemory(target_layout, NUM_BLOCKS, segments[rank].buffer, rank) for rank in ranks)
     at_target = Inbox()
-    about = Target(key=KEY, epoch=EPOCH, memory=target, model_digest="model", descriptor=segment.descriptor)
+    descriptors = tuple(segment.descriptor for segment in segments)
+    about = Target(key=KEY, epoch=EPOCH, memories=targets, model_digest="model", descriptors=descriptors)
     receiver = KVReceiver(about, at_target.put)
     endpoint: KVEndpoint | LocalEndpoint = LocalEndpoint(receiver)
     if transport != "local":
         address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else f"{transport}:127.0.0.1:0")
         endpoint = KVEndpoint(transport="shm" if transport == "shm" else "tcp", address=address)
-    made = World(endpoint, random_memory(seed, layout), target, receiver, at_target)
+    sources = tuple(random_memory(seed, layout, rank) for rank in range(layout.world_size))
+    made = World(endpoint, sources, targets, receiver, at_target)
     try:
         yield made
     finally:
         for link in made.links:
             link.end()
         receiver.close()
-        target.buffer.release()
-        with contextlib.suppress(BufferError):  # a captured log record may hold an error, and with it a view
-            segment.close()
+        for memory, segment in zip(targets, segments, strict=True):
+            with contextlib.suppress(BufferError):  # a captured log record may hold an error, and with it a view
+                memory.buffer.release()
+            with contextlib.suppress(BufferError):
+                segment.close()
+
+
+def page_digests(memory: KVMemory, layer: int, blocks: Sequence[int]) -> bytes:
+    """Of whole blocks, which are the units between equal layouts."""
+    size = memory.layout.block_bytes
+    return b"".join(unit_digests([memory.layer(layer)[block * size : (block + 1) * size]], [size]) for block in blocks)
 
 
 class ScriptedSource:
     """A source that says exactly what a test wants it to say."""
 
-    def __init__(self, world: World, *, layout: str = LAYOUT.digest, model: str = "model", key: bytes = KEY) -> None:
+    def __init__(self, world: World, *, layout: KVLayout = LAYOUT, model: str = "model", key: bytes = KEY) -> None:
         self._world = world
+        self.num_frames = 0  # of pages that were sent
         endpoint = world.endpoint
         self.mapped = isinstance(endpoint, LocalEndpoint) or endpoint.transport == "shm"
         self.connection: BlockingConnection[frames.FromTarget] = (
             endpoint.dial() if isinstance(endpoint, LocalEndpoint) else dial(endpoint.address, key, frames.FromTarget)
         )
-        self._descriptor: int | None = None
+        self._descriptors: list[int] = []
         self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model))
         self.welcome = self.connection.receive()
-        if self.welcome is not None and isinstance(endpoint, KVEndpoint) and self.mapped:
-            self._descriptor = self.connection.receive_descriptor()
+        if isinstance(endpoint, KVEndpoint) and self.mapped:
+            if isinstance(self.welcome, frames.PushWelcome):
+                self._descriptors = [self.connection.receive_descriptor() for _ in range(self.welcome.num_descriptors)]
 
     def begin(self, claims: TicketClaims) -> Any:
         """Ask for leave to write; returns the answer."""
@@ -159,15 +199,17 @@ class ScriptedSource:
             "nonce": claims.nonce,
             "epoch": claims.epoch,
             "layer": layer,
-            "first_block": claims.first_block,
-            "digests": layer_digests(self._world.source, layer, wanted),
+            "pair": 0,
+            "first_group": claims.first_block,
+            "digests": page_digests(self._world.source, layer, wanted),
             "nbytes": sum(len(page) for page in payload),
         }
         self.connection.send(frames.Pages(**(fields | changes)), payload)
+        self.num_frames += 1
 
     def close_handoff(self, claims: TicketClaims, /, **changes: Any) -> None:
         about = {"request_id": claims.request_id, "nonce": claims.nonce, "epoch": claims.epoch}
-        fields = {**about, "token": TOKEN, "payload": b""}
+        fields = {**about, "num_frames": self.num_frames, "token": TOKEN, "payload": b""}
         self.connection.send(frames.Close(**(fields | changes)))
 
     def stopped(self, claims: TicketClaims) -> None:
@@ -182,5 +224,5 @@ class ScriptedSource:
 
     def __exit__(self, *_: object) -> None:
         self.hang_up()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        for descriptor in self._descriptors:
+            os.close(descriptor)

@@ -20,7 +20,7 @@ NUMPY_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"
 
 @dataclass(frozen=True, slots=True)
 class KVPages:
-    """Pages that do not lie in one buffer (a `core.ports.PageSource`): `layers` has for each layer
+    """One rank's pages that do not lie in one buffer (a `core.ports.PageSource`): `layers` has for each layer
     num_blocks * block_bytes bytes."""
 
     layout: KVLayout
@@ -33,33 +33,35 @@ class KVPages:
 
 def layers_of(pages: KVMemory | KVPages) -> Collection[int]:
     """The layers that are here."""
-    return pages.layers.keys() if isinstance(pages, KVPages) else range(pages.layout.num_layers)
+    return pages.layers.keys() if isinstance(pages, KVPages) else pages.layout.layers_of(pages.rank)
 
 
-def as_pages(kv: Any, layout: KVLayout) -> KVMemory | KVPages:
-    """See `kv` as pages of `layout`. It is one of
+def as_pages(kv: Any, layout: KVLayout, rank: int = 0) -> KVMemory | KVPages:
+    """See `kv` as the pages of one rank of `layout`. It is one of
 
     - a KVMemory
-    - an array [num_layers, blocks, ...]
-    - a sequence of num_layers arrays [blocks, ...], or a mapping from some layers' numbers to such arrays
+    - an array [layers of the rank, blocks, ...]
+    - a sequence with an array [blocks, ...] for each layer of the rank, or a mapping from some layers' numbers
+      to such arrays
 
     where one block of one layer, `...`, is [K or V, kv_head, slot, head_dim] (`core.kv_layout`). An array is
     what numpy takes for one without copying, or a torch tensor in main memory; C-contiguous, of the layout's
     dtype (bfloat16 also as uint16). Raises ValueError if it is not.
     """
     if isinstance(kv, KVMemory):
-        if kv.layout != layout:
-            raise ValueError(f"KV of {kv.layout} cannot be pushed as {layout}")
+        if (kv.layout, kv.rank) != (layout, rank):
+            raise ValueError(f"KV of rank {kv.rank} of {kv.layout} cannot be pushed as rank {rank} of {layout}")
         return kv
+    held = layout.layers_of(rank)
     if isinstance(kv, Mapping):
         arrays = dict(kv)
     else:
-        arrays = dict(enumerate(kv))
-        if len(arrays) != layout.num_layers:
-            raise ValueError(f"{len(arrays)} layers of KV, the layout has {layout.num_layers}")
+        arrays = dict(enumerate(kv, start=held.start))
+        if len(arrays) != len(held):
+            raise ValueError(f"{len(arrays)} layers of KV, rank {rank} of the layout has {len(held)}")
     pages = {layer: _bytes(array, layout) for layer, array in arrays.items()}
-    if not pages or not all(0 <= layer < layout.num_layers for layer in pages):
-        raise ValueError(f"KV of layers {sorted(pages)}, the layout has 0 to {layout.num_layers - 1}")
+    if not pages or not all(layer in held for layer in pages):
+        raise ValueError(f"KV of layers {sorted(pages)}, rank {rank} of the layout has {held[0]} to {held[-1]}")
     sizes = {len(content) for content in pages.values()}
     if len(sizes) != 1:
         raise ValueError("the layers have different numbers of blocks")

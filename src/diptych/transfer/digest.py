@@ -1,4 +1,4 @@
-"""Digests of pages: XXH3-64 over a block's bytes in one layer, 8 bytes each, one after the other.
+"""Digests of pages: XXH3-64, 8 bytes each, over the units of `policy.digest_units`.
 
 Not a MAC: channels are authenticated, this finds accidents (a stale, torn or foreign page). XXH3 reads
 tens of GB/s out of the CPU's caches, so that checking costs little beside computing the page.
@@ -6,21 +6,41 @@ tens of GB/s out of the CPU's caches, so that checking costs little beside compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import xxhash
-
-from diptych.core.blocks import BlockId
-from diptych.core.ports import PageSource
 
 DIGEST_BYTES = 8
 
 _digest: Callable[[Any], bytes] = xxhash.xxh3_64_digest
 
 
-def layer_digests(memory: PageSource, layer: int, blocks: Iterable[BlockId]) -> bytes:
-    """Digests of some blocks' bytes as they are now."""
-    pages = np.frombuffer(memory.layer(layer), dtype=np.uint8).reshape(-1, memory.layout.block_bytes)
-    return b"".join(map(_digest, map(pages.__getitem__, blocks)))
+def unit_digests(content: Sequence[memoryview], ends: Sequence[int]) -> bytes:
+    """The digests of units that lie one after the other in the buffers of `content`, as one stream; `ends` says
+    where each of them ends there."""
+    if len(content) > 1:
+        return b"".join(_digests_across(content, ends))
+    [whole] = content
+    return b"".join([_digest(whole[start:end]) for start, end in zip((0, *ends), ends, strict=False)])
+
+
+def _digests_across(content: Sequence[memoryview], ends: Sequence[int]) -> Iterator[bytes]:
+    """The same for units that may begin in one buffer and end in another."""
+    buffers = iter(content)
+    rest, position = next(buffers), 0
+    for end in ends:
+        if len(rest) >= end - position:  # it lies in one buffer
+            yield _digest(rest[: end - position])
+            rest, position = rest[end - position :], end
+        else:
+            unit = xxhash.xxh3_64()
+            while position < end:
+                part = rest[: end - position]
+                unit.update(part)
+                rest, position = rest[len(part) :], position + len(part)
+                if not rest and position < end:
+                    rest = next(buffers)
+            yield unit.digest()
+        if not rest:
+            rest = next(buffers, rest)

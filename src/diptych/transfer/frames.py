@@ -1,17 +1,22 @@
 """What is said on a data connection between a source (prefill) and a target (decode).
 
     source                                     target
-      PushHello                        →
-                                       ←       PushWelcome (+ a descriptor of its KV memory, over a Unix socket)
+      PushHello    layout              →
+                                       ←       PushWelcome (+ a descriptor of each rank's KV memory, over a Unix socket)
       Begin        ticket's nonce      →
                                        ←       Go                  only now may the source write
-      Pages        one layer, + bytes  →                           (bytes are in place already with mapped memory)
+      Pages        units, + bytes      →                           (bytes are in place already with mapped memory)
       ...
       Close        first token         →
-                                       ←       Accepted            every page verified and committed
+                                       ←       Accepted            every unit verified and committed
                                        ←       Rejected            something is wrong with this request
                                        ←       Cancel              the target does not want it any more
       Stopped                          →                           the source will not write for it again
+
+A source may open further connections, each with a `Join`, and spread its `Pages` over all of them; the target
+answers on the first one. So that nothing depends on which connection is faster, `Close` says how many `Pages`
+there are for the request, and counts when the target is done with them. `Stopped` counts when no thread of the
+target is at work on a frame of the request any more (what comes later is turned away).
 
 `Begin` and `Go` are what makes it safe to take a block back: a ticket that nobody has begun can be
 revoked at once, and one that somebody has begun is in quarantine until `Stopped` or the connection's end.
@@ -20,20 +25,40 @@ revoked at once, and one that somebody has begun is in quarantine until `Stopped
 from __future__ import annotations
 
 from diptych.core.fleet import Epoch, WorkerId
+from diptych.core.kv_layout import KVLayout
 from diptych.core.request import SampledToken
 from diptych.transfer.digest import DIGEST_BYTES
 from diptych.wire.messages import Message
 
 
 class PushHello(Message, frozen=True):
+    """The source's layout may be any that the target's can be made from (`policy.resharding`)."""
+
     wire_version: int
     worker_id: WorkerId
-    layout_digest: str
+    layout: KVLayout
     model_digest: str
 
 
 class PushWelcome(Message, frozen=True):
+    """Each of the layout's ranks has `num_blocks` blocks. `num_descriptors` follow, one for each rank or none."""
+
+    layout: KVLayout
     num_blocks: int
+    num_descriptors: int
+    link: bytes  # what further connections name in their Join
+
+
+class Refused(Message, frozen=True):
+    """Instead of a welcome."""
+
+    message: str
+
+
+class Join(Message, frozen=True):
+    """First message of a further connection."""
+
+    link: bytes
 
 
 class Begin(Message, frozen=True):
@@ -48,29 +73,32 @@ class Go(Message, frozen=True):
 
 
 class Pages(Message, frozen=True):
-    """Consecutive logical blocks of one layer, from `first_block` on: as many as there are digests, each of
-    them DIGEST_BYTES long. `nbytes` of payload follow (0 if they were written to mapped memory)."""
+    """Consecutive units of one layer and pair (`policy.digest_units`, pairs numbered as in `head_pairs`), from
+    group `first_group` on: as many as there are digests, each of them DIGEST_BYTES long. `nbytes` of payload
+    follow, in logical order (0 if they were written to mapped memory)."""
 
     request_id: str
     nonce: bytes
     epoch: Epoch
     layer: int
-    first_block: int
+    pair: int
+    first_group: int
     digests: bytes
     nbytes: int
 
     @property
-    def num_blocks(self) -> int:
+    def num_groups(self) -> int:
         return len(self.digests) // DIGEST_BYTES
 
 
 class Close(Message, frozen=True):
-    """All pages have been sent; decode goes on from this token. `payload` is whatever else the source
-    wants to say (public sessions; workers leave it empty)."""
+    """All pages have been sent, or are under way; decode goes on from this token. `payload` is whatever else
+    the source wants to say (public sessions; workers leave it empty)."""
 
     request_id: str
     nonce: bytes
     epoch: Epoch
+    num_frames: int
     token: SampledToken
     payload: bytes
 
@@ -97,5 +125,5 @@ class Cancel(Message, frozen=True):
     nonce: bytes
 
 
-FromSource = PushHello | Begin | Pages | Close | Stopped
-FromTarget = PushWelcome | Go | Accepted | Rejected | Cancel
+FromSource = PushHello | Join | Begin | Pages | Close | Stopped
+FromTarget = PushWelcome | Refused | Go | Accepted | Rejected | Cancel

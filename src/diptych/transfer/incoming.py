@@ -1,73 +1,62 @@
 """What a target knows of the tickets that it has granted: who writes for them, and what has arrived.
 
-No I/O: the receiver's threads ask here what a frame means, under one lock.
+No I/O: the receiver's threads ask here what a frame means, under one lock. One ticket's frames may come over
+several connections at once, so whatever ends it waits until all frames before that are done with.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum, auto
 
-from diptych.core.blocks import BlockId
-from diptych.core.errors import TicketError, TransferError
+from diptych.core.errors import TicketError
+from diptych.core.kv_layout import KVLayout
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
-from diptych.transfer.digest import DIGEST_BYTES
+from diptych.transfer.expected import Expected
 
-Writer = object  # a data connection, by identity
+Writer = object  # a link of data connections, by identity
+
+
+class Ending(Enum):
+    """What the last frame of a ticket brought about."""
+
+    COMPLETE = auto()  # it was closed, and every unit is verified
+    INCOMPLETE = auto()  # it was closed, and units are missing
+    STOPPED = auto()  # its writer will write no more
 
 
 @dataclass(slots=True, eq=False)
 class Incoming:
-    """One granted ticket. `verified` has a byte for each (layer, missing block)."""
+    """One granted ticket. `expected` is what its writer has to send, known when there is one."""
 
     claims: TicketClaims
-    num_layers: int
+    expected: Expected | None = None
     writer: Writer | None = None
     writer_gone: bool = False  # there was one, and there will be no other
     revoked: bool = False
     released: bool = False  # first it was revoked, and then its writer went
     failed: bool = False
-    verified: bytearray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.verified = bytearray(self.num_layers * self.num_missing)
-
-    @property
-    def num_missing(self) -> int:
-        return len(self.claims.blocks) - self.claims.first_block
+    busy: int = 0  # threads that are working on a frame
+    done: int = 0  # frames of pages that have been worked on
+    closing: frames.Close | None = None
+    stopped: bool = False  # its writer has said that it writes no more
 
     @property
-    def complete(self) -> bool:
-        return all(self.verified)
+    def wanted(self) -> bool:
+        return not self.revoked and not self.failed
 
-    def target_blocks(self, pages: frames.Pages) -> tuple[BlockId, ...]:
-        """The physical blocks that these pages belong in. Raises TransferError if they belong nowhere."""
-        if len(pages.digests) % DIGEST_BYTES:
-            raise TransferError(f"{len(pages.digests)} bytes are no whole number of digests")
-        first, end = pages.first_block, pages.first_block + pages.num_blocks
-        if not 0 <= pages.layer < self.num_layers or not self.claims.first_block <= first < end <= len(
-            self.claims.blocks
-        ):
-            raise TransferError(f"pages of layer {pages.layer}, blocks {first} to {end} were not asked for")
-        return self.claims.blocks[first:end]
-
-    def mark(self, pages: frames.Pages) -> bool:
-        """These pages are verified. False if some had been before."""
-        start = pages.layer * self.num_missing + pages.first_block - self.claims.first_block
-        end = start + pages.num_blocks
-        fresh = not any(self.verified[start:end])
-        self.verified[start:end] = b"\x01" * pages.num_blocks
-        return fresh
+    def is_about(self, request_id: str, nonce: bytes) -> bool:
+        return (self.claims.request_id, self.claims.nonce) == (request_id, nonce)
 
 
 class TicketBook:
     """All tickets that are out. `counts` says what was turned away, by reason."""
 
-    def __init__(self, epoch: int, num_layers: int) -> None:
+    def __init__(self, epoch: int) -> None:
         self._epoch = epoch
-        self._num_layers = num_layers
         self._lock = threading.Lock()
         self._tickets: dict[str, Incoming] = {}
         self.counts: Counter[str] = Counter()
@@ -80,54 +69,56 @@ class TicketBook:
     def expect(self, claims: TicketClaims) -> None:
         """A ticket has been granted."""
         with self._lock:
-            self._tickets[claims.request_id] = Incoming(claims, self._num_layers)
+            self._tickets[claims.request_id] = Incoming(claims)
 
-    def begin(self, request_id: str, nonce: bytes, epoch: int, writer: Writer) -> None:
-        """Somebody wants to write. Raises TicketError if this ticket is not (or no longer) good."""
+    def begin(self, frame: frames.Begin, writer: Writer, layout: KVLayout) -> None:
+        """Somebody wants to write KV of this layout. Raises TicketError if the ticket is not (or no longer) good."""
         with self._lock:
-            ticket = self._tickets.get(request_id)
-            if ticket is None or ticket.claims.nonce != nonce or epoch != self._epoch:
+            ticket = self._tickets.get(frame.request_id)
+            if ticket is None or ticket.claims.nonce != frame.nonce or frame.epoch != self._epoch:
                 self.counts["unknown ticket"] += 1
                 raise TicketError("this ticket is not known here, or no longer")
             if ticket.writer is not None or ticket.writer_gone or ticket.revoked:
                 self.counts["used ticket"] += 1
                 raise TicketError("this ticket has been used")
+            ticket.expected = Expected(layout, ticket.claims)
             ticket.writer = writer
 
-    def find(self, request_id: str, nonce: bytes, epoch: int, writer: Writer) -> Incoming | None:
-        """The ticket that a frame is about, if it is this writer's and still wanted; else it is counted."""
+    def enter(self, frame: frames.Pages, writer: Writer) -> Incoming | None:
+        """A thread begins with a frame: the ticket that it is about, if it is this writer's; else it is counted.
+        Unless the ticket is `wanted`, nothing but its end interests. `leave` has to follow."""
         with self._lock:
-            ticket = self._tickets.get(request_id)
-            if ticket is None or ticket.claims.nonce != nonce or epoch != self._epoch or ticket.writer is not writer:
-                self.counts["stray frame"] += 1
-                return None
-            if ticket.revoked or ticket.failed:
-                self.counts["late frame"] += 1
-                return None
+            ticket = self._find(frame, writer)
+            if ticket is not None:
+                ticket.busy += 1
             return ticket
 
-    def mark(self, ticket: Incoming, pages: frames.Pages) -> None:
-        """Verified pages are in place."""
+    def leave(self, ticket: Incoming) -> Ending | None:
+        """The thread is done with the frame, whatever it was worth."""
         with self._lock:
-            if not ticket.mark(pages):
+            ticket.busy -= 1
+            ticket.done += 1
+            return self._ending(ticket)
+
+    def mark(self, ticket: Incoming, frame: frames.Pages) -> None:
+        """Verified units are in place."""
+        with self._lock:
+            if ticket.expected is not None and not ticket.expected.mark(frame):
                 self.counts["duplicate pages"] += 1
 
-    def close(self, ticket: Incoming) -> bool:
-        """The writer says that this is all. True if it is; then the ticket is used up.
-
-        Raises TransferError if pages are missing."""
+    def close(self, frame: frames.Close, writer: Writer) -> tuple[Incoming | None, Ending | None]:
+        """The writer says that this is all: the ticket, and what that brought about by now."""
         with self._lock:
-            if ticket.revoked or ticket.failed:
-                return False
-            if not ticket.complete:
-                raise TransferError("the hand-off was closed before all pages had arrived")
-            del self._tickets[ticket.claims.request_id]
-            return True
+            ticket = self._find(frame, writer)
+            if ticket is None or not ticket.wanted:
+                return None, None
+            ticket.closing = frame
+            return ticket, self._ending(ticket)
 
     def fail(self, ticket: Incoming) -> bool:
         """Something is wrong with what was written. True the first time, unless nobody cares any more."""
         with self._lock:
-            first = not ticket.failed and not ticket.revoked
+            first = ticket.wanted
             ticket.failed = True
             if first:
                 self.counts["failed hand-off"] += 1
@@ -146,22 +137,48 @@ class TicketBook:
                 del self._tickets[request_id]
             return ticket, ticket.writer
 
-    def stopped(self, request_id: str, nonce: bytes, writer: Writer) -> Incoming | None:
-        """The writer of a ticket will write no more. Returns the ticket if it was still out."""
+    def stop(self, frame: frames.Stopped, writer: Writer) -> tuple[Incoming | None, Ending | None]:
+        """The writer of a ticket will write no more: the ticket if it was still out, and what that means by now."""
         with self._lock:
-            ticket = self._tickets.get(request_id)
-            if ticket is None or ticket.claims.nonce != nonce or ticket.writer is not writer:
-                return None
-            self._writer_is_gone(ticket)
-            return ticket
+            ticket = self._tickets.get(frame.request_id)
+            if ticket is None or ticket.claims.nonce != frame.nonce or ticket.writer is not writer:
+                return None, None
+            ticket.stopped = True
+            return ticket, self._ending(ticket)
 
     def writer_lost(self, writer: Writer) -> list[Incoming]:
-        """A data connection has ended. Returns the tickets that it was writing for."""
+        """All connections of a link have ended. Returns the tickets that it was writing for."""
         with self._lock:
             tickets = [ticket for ticket in self._tickets.values() if ticket.writer is writer]
             for ticket in tickets:
                 self._writer_is_gone(ticket)
             return tickets
+
+    # with the lock held
+
+    def _find(self, frame: frames.Pages | frames.Close, writer: Writer) -> Incoming | None:
+        ticket = self._tickets.get(frame.request_id)
+        known = ticket is not None and ticket.claims.nonce == frame.nonce and ticket.writer is writer
+        if ticket is None or not known or frame.epoch != self._epoch:
+            self.counts["stray frame"] += 1
+            return None
+        if not ticket.wanted:
+            self.counts["late frame"] += 1
+        return ticket
+
+    def _ending(self, ticket: Incoming) -> Ending | None:
+        """What is over, now that no thread is at work on it."""
+        if ticket.busy:
+            return None
+        if ticket.stopped and ticket.writer is not None:
+            self._writer_is_gone(ticket)
+            return Ending.STOPPED
+        if ticket.closing is None or not ticket.wanted or ticket.done < ticket.closing.num_frames:
+            return None
+        if ticket.expected is None or ticket.expected.num_missing:
+            return Ending.INCOMPLETE
+        del self._tickets[ticket.claims.request_id]
+        return Ending.COMPLETE
 
     def _writer_is_gone(self, ticket: Incoming) -> None:
         ticket.writer, ticket.writer_gone = None, True

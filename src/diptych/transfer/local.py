@@ -1,8 +1,4 @@
-"""The in-process transport: source and target in one process, each able to address the other's memory.
-
-The data connection is a socket pair, so everything else (leave to write, digests, quarantine) is as it is
-between processes; pages are copied from memory to memory.
-"""
+"""Hand-offs within one process: the same frames over a socket pair, and one copy of the pages."""
 
 from __future__ import annotations
 
@@ -21,8 +17,8 @@ class LocalEndpoint:
     receiver: KVReceiver
 
     @property
-    def memory(self) -> KVMemory:
-        return self.receiver.memory
+    def memories(self) -> tuple[KVMemory, ...]:
+        return self.receiver.memories
 
     def dial(self) -> BlockingConnection[frames.FromTarget]:
         """A data connection that needs no proof: nobody else can hold either end."""

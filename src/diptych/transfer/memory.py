@@ -33,6 +33,11 @@ def touch(memory: memoryview) -> None:
     np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE].max(initial=0)
 
 
+def memory_bytes(layout: KVLayout, num_blocks: int, rank: int) -> int:
+    """Size of a rank's KV memory."""
+    return len(layout.layers_of(rank)) * num_blocks * layout.block_bytes
+
+
 class SharedMemory:
     """Zeroed, page-aligned bytes with a descriptor. Close it after all views into it are gone."""
 
@@ -66,19 +71,19 @@ def _too_much(nbytes: int, why: str) -> str:
     return f"{nbytes / 2**20:,.0f} MiB of KV memory cannot be had ({why}); lower --kv-cache-tokens"
 
 
-def map_memory(descriptor: int, layout: KVLayout, num_blocks: int) -> KVMemory:
-    """Another worker's KV memory, from its descriptor (which is closed here; the mapping stays).
+def map_memory(descriptor: int, layout: KVLayout, num_blocks: int, rank: int = 0) -> KVMemory:
+    """The KV memory of one rank of another worker, from its descriptor (which is closed here; the mapping stays).
 
     Raises TransferError if the file is not of the size that layout and number of blocks ask for.
     """
-    wanted = layout.num_layers * num_blocks * layout.block_bytes
+    wanted = memory_bytes(layout, num_blocks, rank)
     try:
         size = os.fstat(descriptor).st_size
         if size != wanted or not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise TransferError(f"the target's KV memory has {size} bytes, {wanted} sealed ones were announced")
         mapped = memoryview(mmap.mmap(descriptor, wanted))
         touch(mapped)
-        return KVMemory(layout, num_blocks, mapped)
+        return KVMemory(layout, num_blocks, mapped, rank)
     except OSError as error:
         raise TransferError(f"the target's KV memory cannot be mapped: {error.strerror}") from error
     finally:

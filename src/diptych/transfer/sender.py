@@ -1,50 +1,41 @@
-"""The source's side of a data connection: one `PushLink` for each target.
+"""The source's side of a link: one `PushLink` for each target.
 
-Two threads, both blocked in the kernel while there is nothing to do: the sender takes jobs from a queue
-(write pages, close, abandon) and the reader takes the target's answers. The source's pages must not
-change while jobs about them are queued; the worker guarantees that by keeping its references to the
-blocks until `PushAccepted` or `PushStopped`.
+A few threads, all blocked in the kernel while there is nothing to do: each connection of the link has one that
+takes jobs from a common queue (write a frame's pages, close, abandon), and the first has one more for the
+target's answers. The source's pages must not change while jobs about them are queued; the worker guarantees
+that by keeping its references to the blocks until `PushAccepted` or `PushStopped`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from diptych.core.errors import HandshakeError, PeerError, TransferError
+from diptych.core.errors import PeerError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
-from diptych.core.fleet import KVEndpoint, WorkerId
-from diptych.core.kv_layout import KVMemory, LayerTransfer, TransferPlan
-from diptych.core.ports import PageSource, PageWriter
+from diptych.core.fleet import WorkerId
+from diptych.core.kv_layout import LayerTransfer, TransferPlan
+from diptych.core.ports import PageSource
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
-from diptych.transfer.digest import layer_digests
-from diptych.transfer.local import LocalEndpoint
-from diptych.transfer.memory import map_memory
-from diptych.transfer.pieces import Piece, Ranges, frames_of
-from diptych.transfer.writers import InlineWriter, MappedWriter
-from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
-from diptych.wire.messages import WIRE_VERSION
+from diptych.transfer.pieces import PairFrames, PlanFrames
+from diptych.transfer.streams import Connection, Endpoint, Identity, Stream, connect, introduce
+from diptych.transfer.writers import InlineWriter, PageWriter
+from diptych.wire.blocking import STALL_SECONDS
+
+__all__ = ["Identity", "PushLink", "SourceEvent", "WrapWriter"]
 
 log = logging.getLogger(__name__)
 
-
 SourceEvent = PushAccepted | PushRejected | PushCancelled | LinkLost | PushStopped
-Connection = BlockingConnection[frames.FromTarget]
 WrapWriter = Callable[[PageWriter], PageWriter]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """Who pushes: what a source says of itself and proves."""
-
-    key: bytes = field(repr=False)
-    worker_id: WorkerId
-    model_digest: str
+NUM_STREAMS = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -55,13 +46,28 @@ class _Push:
     go: threading.Event = field(default_factory=threading.Event)
     begun: bool = False
     over: bool = False
+    num_frames: int = 0  # to be sent
+    busy: int = 0  # jobs that threads are at
+    stopping: bool = False  # as soon as there is none
 
 
-Job = Callable[[], None]
+@dataclass(frozen=True, slots=True)
+class _FrameJob:
+    """One frame of one layer, out of these memories."""
+
+    transfer: LayerTransfer
+    pair: int
+    frames: PairFrames
+    index: int
+    sources: Sequence[PageSource] | Mapping[int, PageSource]
+
+
+Job = Callable[[Stream], None]
 
 
 class PushLink:
-    """Pushes pages of `source` to one target. Connects on its own thread; `report` is called on either.
+    """Pushes pages of `sources` (one for each rank) to one target. Connects on its own threads; `report` is called
+    on any of them, or on the caller's.
 
     `wrap` may put something around the writer (fault injection).
     """
@@ -69,70 +75,88 @@ class PushLink:
     def __init__(
         self,
         target: WorkerId,
-        endpoint: KVEndpoint | LocalEndpoint,
+        endpoint: Endpoint,
         identity: Identity,
-        source: KVMemory,
+        sources: Sequence[PageSource],
         report: Callable[[SourceEvent], None],
         wrap: WrapWriter = lambda writer: writer,
+        *,
+        num_streams: int = NUM_STREAMS,
     ) -> None:
         self.target = target
         self.lost = False
-        self._ended = False
         self._endpoint = endpoint
         self._identity = identity
-        self._source = source
+        self._sources = sources
+        self._layout = sources[0].layout
         self._report = report
         self._wrap = wrap
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards what follows, and the pushes' counters
         self._pushes: dict[str, _Push] = {}
+        self._ended = False
+        self._working = 1  # threads that take jobs
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._connection: Connection | None = None
         self._writer: PageWriter = InlineWriter()
-        self._cut: tuple[Ranges, list[list[Piece]]] = ((), [])
-        self._sender = threading.Thread(target=self._send_jobs, name=f"push to {target}", daemon=True)
+        self._frames: PlanFrames | None = None  # of the last plan
+        self._streams = [Stream() for _ in range(num_streams)]
         self._reader: threading.Thread | None = None
-        self._sender.start()
+        self._threads = [
+            threading.Thread(target=self._lead, args=(self._streams[0],), name=f"push to {target}", daemon=True)
+        ]
+        self._threads[0].start()
 
     # called by the worker, from any thread
 
     def begin(self, request_id: str, claims: TicketClaims) -> None:
         """Ask for the target's leave now, not at the first push: so it hears of an early end, too."""
-        push = self._open(request_id, claims)
-        self._queue(lambda: self._begin(push))
+        self._queue(self._open(request_id, claims), lambda push, stream: self._begin(push))
 
     def push(
-        self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int, source: PageSource | None = None
+        self,
+        request_id: str,
+        claims: TicketClaims,
+        plan: TransferPlan,
+        layer: int,
+        sources: Sequence[PageSource] | Mapping[int, PageSource] | None = None,
     ) -> None:
-        """Send one layer's pages of a plan, out of `source` (by default the link's own)."""
+        """Send one layer's pages of a plan, of all its pairs of ranks, out of `sources` (by default the link's own).
+
+        Raises ValueError if the plan is not one from this link's layout to the ticket's, or cuts a unit in two."""
+        cut = self._frames_of(plan, claims)
         push = self._open(request_id, claims)
-        pages = self._source if source is None else source
-        self._queue(lambda: self._send_pages(push, plan, layer, pages))
+        from_ranks = self._sources if sources is None else sources
+        for pair, transfer, pair_frames in cut.of_layer(layer):
+            for index in range(len(pair_frames)):
+                job = _FrameJob(transfer, pair, pair_frames, index, from_ranks)
+                with self._lock:
+                    push.num_frames += 1
+                self._queue(push, functools.partial(self._send_pages, job))
 
     def close_handoff(self, request_id: str, claims: TicketClaims, token: SampledToken, payload: bytes = b"") -> None:
         """After everything that was pushed for this request: the closing message."""
         push = self._open(request_id, claims)
-        self._queue(lambda: self._send_close(push, token, payload))
+        self._queue(push, lambda push, stream: self._send_close(push, token, payload))
 
     def abandon(self, request_id: str, claims: TicketClaims) -> None:
         """Send nothing more for this request; reports PushStopped when nobody reads its blocks any more."""
         push = self._open(request_id, claims)
         self._stop_push(push)
-        self._queue(lambda: self._send_stopped(push))
+        with self._lock:
+            push.stopping = True
+        self._queue(push, _nothing)
 
     def end(self) -> None:
-        """Finish what is queued for abandoned requests, hang up, end the threads. Other requests hear
-        that the link is lost."""
+        """Hang up and end the threads. Requests that are neither over nor abandoned hear that the link is lost."""
         self._lose(TransferError("it was ended here"))
-        self._jobs.put(None)
-        self._sender.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _queue(self, job: Job) -> None:
-        """For the sender thread; when that has ended (and the link is lost), here."""
-        with self._lock:
-            if not self._ended:
-                self._jobs.put(job)
-                return
-        self._guarded(job)
+    def _frames_of(self, plan: TransferPlan, claims: TicketClaims) -> PlanFrames:
+        """How a plan is cut. All its layers are pushed with it, mostly one after the other."""
+        known = self._frames
+        if known is None or known.plan is not plan:
+            known = self._frames = PlanFrames(plan, self._layout, claims)
+        return known
 
     def _open(self, request_id: str, claims: TicketClaims) -> _Push:
         """This request's push; a new one at its first job (which on a lost link is lost at once)."""
@@ -150,137 +174,130 @@ class PushLink:
         push.over = True
         push.go.set()
 
-    # the sender thread
+    def _queue(self, push: _Push, job: Callable[[_Push, Stream], None]) -> None:
+        """For whichever thread is free; when they have ended (and the link is lost), here."""
 
-    def _send_jobs(self) -> None:
-        self._guarded(self._connect)
-        while (job := self._jobs.get()) is not None:
-            self._guarded(job)
-        self._hang_up()
+        def for_push(stream: Stream) -> None:
+            self._do(push, job, stream)
+
         with self._lock:
-            self._ended = True
-        while not self._jobs.empty():  # who had not heard of the end yet is told that it is over
-            self._guarded(self._jobs.get() or _nothing)
+            if not self._ended:
+                self._jobs.put(for_push)
+                return
+        self._guarded(for_push, self._streams[0])
 
-    def _guarded(self, job: Job) -> None:
-        """Whatever breaks the connection ends this link, and nothing else."""
+    # the threads of the streams
+
+    def _lead(self, stream: Stream) -> None:
+        """The first connection's thread."""
+        self._guarded(self._connect, stream)
+        self._work(stream)
+
+    def _follow(self, stream: Stream, link: bytes) -> None:
+        """A further connection's thread."""
+        self._guarded(functools.partial(self._join, link), stream)
+        self._work(stream)
+
+    def _work(self, stream: Stream) -> None:
+        """Until the link is over. Then each thread hangs up, but only between its jobs: so the target, which sees
+        all connections end, can be sure that nothing is being written."""
+        while not self.lost and (job := self._jobs.get()) is not None:
+            self._guarded(job, stream)
+        if stream is self._streams[0] and self._reader is not None and stream.connection is not None:
+            stream.connection.end()  # wakes the reader, which may still hold the descriptor
+            self._reader.join()
+        stream.hang_up()
+        with self._lock:
+            self._working -= 1
+            self._ended = last = self._working == 0
+        while last and not self._jobs.empty():  # who had not heard of the end yet is told that it is over
+            self._guarded(self._jobs.get() or _no_job, stream)
+
+    def _guarded(self, job: Job, stream: Stream) -> None:
+        """Whatever breaks a connection ends this link, and nothing else."""
         try:
-            job()
+            job(stream)
         except (OSError, PeerError) as error:
             self._lose(error)
         except Exception as error:  # a bug: still, nobody may wait for a thread that is gone
             log.exception("a job of the data connection to worker %s broke", self.target)
             self._lose(error)
-        if self.lost:
-            self._hang_up()
 
-    def _connect(self) -> None:
-        connection: Connection = (
-            self._endpoint.dial()
-            if isinstance(self._endpoint, LocalEndpoint)
-            else dial(self._endpoint.address, self._identity.key, frames.FromTarget)
-        )
+    def _connect(self, stream: Stream) -> None:
+        connection = connect(self._endpoint, self._identity)
         try:
-            self._writer = self._wrap(self._introduce(connection))
+            welcome, writer = introduce(connection, self._endpoint, self._identity, self._layout)
+            self._writer = self._wrap(writer)
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        stream.connection = connection
         self._reader = threading.Thread(
             target=self._read_answers, args=(connection,), name=f"answers of {self.target}", daemon=True
         )
         self._reader.start()
+        for further in self._streams[1:]:
+            with self._lock:
+                self._working += 1
+            thread = threading.Thread(
+                target=self._follow, args=(further, welcome.link), name=f"push to {self.target}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
 
-    def _introduce(self, connection: Connection) -> PageWriter:
-        """Say who we are, and learn how to write."""
-        layout = self._source.layout
-        connection.send(
-            frames.PushHello(WIRE_VERSION, self._identity.worker_id, layout.digest, self._identity.model_digest)
-        )
-        welcome = connection.receive(STALL_SECONDS)
-        if not isinstance(welcome, frames.PushWelcome):
-            raise HandshakeError(f"worker {self.target} refused the data connection")
-        if isinstance(self._endpoint, LocalEndpoint):
-            return MappedWriter(self._endpoint.memory)
-        if self._endpoint.transport != "shm":
-            return InlineWriter()
-        return MappedWriter(map_memory(connection.receive_descriptor(), layout, welcome.num_blocks))
+    def _join(self, link: bytes, stream: Stream) -> None:
+        stream.connection = connect(self._endpoint, self._identity)
+        stream.send(frames.Join(link))
 
-    def _connected(self) -> Connection:
-        if self._connection is None or self.lost:
-            raise TransferError(f"no data connection to worker {self.target}")
-        return self._connection
+    def _do(self, push: _Push, job: Callable[[_Push, Stream], None], stream: Stream) -> None:
+        """One job of a push. Whoever does its last one says that it has stopped, if it is to stop."""
+        with self._lock:
+            push.busy += 1
+        try:
+            if not push.over:
+                job(push, stream)
+        finally:
+            with self._lock:
+                push.busy -= 1
+                stopped = push.stopping and push.busy == 0
+                if stopped:
+                    push.stopping = False
+                    if self._pushes.get(push.claims.request_id) is push:
+                        del self._pushes[push.claims.request_id]
+            if stopped:
+                self._report(PushStopped(push.claims.request_id))
+                if push.begun and not self.lost:
+                    self._answer(frames.Stopped(push.claims.request_id, push.claims.nonce))
+
+    def _answer(self, message: object) -> None:
+        """Say something on the first connection."""
+        self._streams[0].send(message)
 
     def _begin(self, push: _Push) -> None:
         """Before the first write: the target's leave. (A block that it has taken back is somebody else's.)"""
-        if push.begun:
-            return
         claims = push.claims
-        push.begun = True
-        self._connected().send(frames.Begin(claims.request_id, claims.nonce, claims.epoch))
+        with self._lock:
+            first, push.begun = not push.begun, True
+        if first:
+            self._answer(frames.Begin(claims.request_id, claims.nonce, claims.epoch))
         if not push.go.wait(STALL_SECONDS):
             raise TransferError(f"worker {self.target} does not answer")
 
-    def _send_pages(self, push: _Push, plan: TransferPlan, layer: int, source: PageSource) -> None:
-        if push.over:
-            return
+    def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
         self._begin(push)
         if push.over:
             return
-        claims = push.claims
-        for transfer in plan.layers:
-            if transfer.layer != layer:
-                continue
-            first_block = plan.first_block
-            for pieces in self._frames(transfer.ranges):
-                digests, payload = self._write(transfer, pieces, source)
-                nbytes = sum(len(buffer) for buffer in payload)
-                pages = frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, first_block, digests, nbytes)
-                self._connected().send(pages, payload)
-                first_block += pages.num_blocks
-
-    def _frames(self, ranges: Ranges) -> list[list[Piece]]:
-        """What goes into each frame. All layers of a plan share their ranges, which are cut once."""
-        if self._cut[0] is not ranges:
-            self._cut = ranges, frames_of(ranges, self._source.layout.block_bytes)
-        return self._cut[1]
-
-    def _write(
-        self, transfer: LayerTransfer, pieces: list[Piece], source: PageSource
-    ) -> tuple[bytes, list[memoryview]]:
-        """Move pages; returns the digest of each, in logical order, and the bytes for the frame itself."""
-        digests: list[bytes] = []
-        payload: list[memoryview] = []
-        for piece in pieces:
-            payload += self._writer.write(replace(transfer, ranges=piece.ranges), source)
-            digests.append(layer_digests(source, transfer.layer, piece.blocks))
-        return b"".join(digests), payload
+        claims, transfer, frame = push.claims, job.transfer, job.frames[job.index]
+        digests, payload = stream.write(self._writer, transfer, frame, job.sources[transfer.source_rank])
+        nbytes = sum(map(len, payload))
+        about = claims.request_id, claims.nonce, claims.epoch
+        stream.send(frames.Pages(*about, transfer.layer, job.pair, frame.first_group, digests, nbytes), payload)
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
-        if push.over:
-            return
         self._begin(push)
         if not push.over:
             claims = push.claims
-            self._connected().send(frames.Close(claims.request_id, claims.nonce, claims.epoch, token, payload))
-
-    def _send_stopped(self, push: _Push) -> None:
-        claims = push.claims
-        with self._lock:
-            if self._pushes.get(claims.request_id) is push:
-                del self._pushes[claims.request_id]
-        self._report(PushStopped(claims.request_id))
-        if push.begun and not self.lost:
-            self._connected().send(frames.Stopped(claims.request_id, claims.nonce))
-
-    def _hang_up(self) -> None:
-        """Only the sender closes the connection, and it does so between jobs: so the target, which sees
-        the connection end, can be sure that nothing is being written."""
-        connection, self._connection = self._connection, None
-        if connection is not None and self._reader is not None:
-            connection.end()  # wakes the reader, which may still hold the descriptor
-            self._reader.join()
-            connection.close()
+            self._answer(frames.Close(claims.request_id, claims.nonce, claims.epoch, push.num_frames, token, payload))
 
     # the reader thread
 
@@ -292,10 +309,9 @@ class PushLink:
         except (OSError, PeerError) as broken:
             error = broken
         self._lose(error)
-        self._jobs.put(_nothing)  # wakes the sender, which hangs up
 
     def _take(self, answer: frames.FromTarget) -> None:
-        if isinstance(answer, frames.PushWelcome):
+        if isinstance(answer, frames.PushWelcome | frames.Refused):
             return
         with self._lock:
             push = self._pushes.get(answer.request_id)
@@ -306,7 +322,7 @@ class PushLink:
         if push is None:
             if isinstance(answer, frames.Cancel):
                 stopped = frames.Stopped(answer.request_id, answer.nonce)
-                self._jobs.put(lambda: self._connected().send(stopped))
+                self._jobs.put(lambda stream: self._answer(stopped))
         elif isinstance(answer, frames.Go):
             push.go.set()
         elif isinstance(answer, frames.Accepted):
@@ -318,7 +334,7 @@ class PushLink:
             self._stop_push(push)
             self._report(PushCancelled(answer.request_id))
 
-    # either thread
+    # any thread
 
     def _lose(self, error: Exception) -> None:
         with self._lock:
@@ -332,7 +348,13 @@ class PushLink:
             self._stop_push(push)
         if open_pushes:
             self._report(LinkLost(self.target, tuple(open_pushes)))
+        for _ in self._streams:
+            self._jobs.put(None)  # wakes the threads
 
 
-def _nothing() -> None:
-    """A job that only wakes the sender."""
+def _nothing(push: _Push, stream: Stream) -> None:
+    """A job that only finds out whether its push has stopped."""
+
+
+def _no_job(stream: Stream) -> None:
+    """In place of a wake-up that nobody needed."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from diptych.core.blocks import BlockId
+from diptych.core.blocks import BlockId, blocks_for
 from diptych.core.errors import TicketError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected
 from diptych.core.fleet import KVEndpoint
-from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.kv_layout import KVLayout, KVMemory, SequenceKV
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.policy.handoff import Effect, SourceEvent, SourceState, source_side
-from diptych.policy.resharding import plan_transfer
-from diptych.transfer.arrays import as_pages, layers_of
+from diptych.policy.resharding import incompatibilities, plan_resharding
+from diptych.transfer.arrays import KVPages, as_pages, layers_of
 from diptych.transfer.leases import Leases
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.sender import Identity, PushLink
@@ -52,14 +53,16 @@ class KVSource:
         ticket: bytes,
         target: str | KVTarget,
         *,
+        data_rank: int = 0,
         lease: float = DEFAULT_LEASE_SECONDS,
     ) -> SourceSession:
-        """Begin to hand KV of `layout` over to whoever made `ticket` (`KVTarget.expect`) at address `target`;
-        a target in this process may be given itself. Unless it is accepted within `lease` seconds, the
-        session fails.
+        """Begin to hand KV of `layout` (on its data-parallel rank `data_rank`) over to whoever made `ticket`
+        (`KVTarget.expect`) at address `target`; a target in this process may be given itself. Unless it is
+        accepted within `lease` seconds, the session fails.
 
         Raises TicketError if the ticket is not this fleet's or is for another session or model, ValueError
-        if a session of this name is open. That the target cannot be reached shows when pushing or waiting.
+        if a session of this name is open or if the target's layout cannot be made from this one. That the
+        target cannot be reached shows when pushing or waiting.
         """
         claims = open_ticket(ticket, self._key)
         if (claims.request_id, claims.model_digest) != (session_id, self._identity.model_digest):
@@ -67,13 +70,16 @@ class KVSource:
                 f"this ticket is for session {claims.request_id!r} and model {claims.model_digest!r}, "
                 f"not for {session_id!r} and {self._identity.model_digest!r}"
             )
+        if reasons := incompatibilities(layout, claims.layout):
+            raise ValueError(f"the target's KV layout cannot be made from this one: {'; '.join(reasons)}")
+        origin = SequenceKV(layout, (), data_rank=data_rank)
         with self._changed:
             if self._closed:
                 raise ValueError("this source has been closed")
             if session_id in self._sessions:
                 raise ValueError(f"there is a session {session_id!r} already")
             link, lost = self._link(target, layout, claims)
-            session = self._sessions[session_id] = SourceSession(self, claims, layout, link)
+            session = self._sessions[session_id] = SourceSession(self, claims, origin, link)
             self._leases.grant(session, lease)
             link.begin(session_id, claims)
         if lost is not None:
@@ -112,7 +118,7 @@ class KVSource:
         known = self._links.get((target, layout.digest))
         if known is not None and not known.lost:
             return known, None
-        no_pages = KVMemory(layout, 0, memoryview(b""))  # sessions bring their own
+        no_pages = [KVMemory(layout, 0, memoryview(b""))]  # sessions bring their own
         link = PushLink(claims.worker_id, _endpoint(target), self._identity, no_pages, self._on)
         self._links[target, layout.digest] = link
         return link, known
@@ -152,9 +158,10 @@ class SourceSession:
     the other. As a context manager it aborts unless it was closed.
     """
 
-    def __init__(self, source: KVSource, claims: TicketClaims, layout: KVLayout, link: PushLink) -> None:
+    def __init__(self, source: KVSource, claims: TicketClaims, origin: SequenceKV, link: PushLink) -> None:
         self.session_id = claims.request_id
-        self.layout = layout
+        self.layout = origin.layout
+        self._origin = origin  # its blocks come with each push
         self._source = source
         self._changed = source._changed
         self._claims = claims
@@ -168,9 +175,15 @@ class SourceSession:
         return self._side.state
 
     @property
+    def missing_tokens(self) -> range:
+        """The tokens whose KV the target has not got and waits for."""
+        return range(self._claims.first_block * self._claims.layout.block_size, self._claims.num_tokens)
+
+    @property
     def missing(self) -> range:
-        """The logical blocks that the target has not got and waits for."""
-        return range(self._claims.first_block, len(self._claims.blocks))
+        """The logical blocks, of this side's block size, that hold these tokens."""
+        tokens, size = self.missing_tokens, self.layout.block_size
+        return range(tokens.start // size, blocks_for(tokens.stop, size))
 
     def push(
         self,
@@ -183,35 +196,66 @@ class SourceSession:
     ) -> None:
         """Send KV: everything at once, or piece by piece, in any order. Returns before it is sent.
 
-        `kv` is any form that `transfer.arrays.as_pages` takes; its blocks `blocks` (by default all) hold the
-        consecutive logical blocks that begin with `first_block` (by default the first that is missing). Of
-        them, `layers` are sent (by default all that `kv` has). `target_layout` is the target's (by default
-        the session's own).
+        `kv` is any form that `transfer.arrays.as_pages` takes; of a layout that cuts a sequence into several ranks,
+        a list of such forms, one for each rank of the session's data-parallel rank (pipeline stage by stage,
+        and in each by tensor rank; None for a rank that sends nothing now). Its blocks `blocks` (by default all)
+        hold the consecutive logical blocks that begin with `first_block` (by default the first that is missing).
+        Of them, `layers` are sent (by default all that `kv` has). `target_layout` is the target's (by default
+        what the ticket says). A part that is neither the first nor the last has to begin and end at tokens
+        that begin a block on both sides.
 
-        Raises ValueError if that does not fit together, if the session is closed or if the layouts need
-        re-sharding that is not built, and TransferError if the session has failed.
+        Raises ValueError if that does not fit together or if the session is closed, and TransferError if it
+        has failed.
         """
-        target_layout = target_layout or self.layout
-        if target_layout != self.layout or self.layout.world_size > 1:
-            raise ValueError(f"sessions do not re-shard yet: {self.layout} -> {target_layout}")
-        if target_layout != self._claims.layout:
+        if target_layout not in (None, self._claims.layout):
             raise ValueError(f"the ticket was granted for another layout than {target_layout}")
-        pages = as_pages(kv, self.layout)
-        here = range(pages.num_blocks) if blocks is None else blocks
+        ranks = self._pages(kv)
+        here = self._blocks(ranks, blocks)
         first = self.missing.start if first_block is None else first_block
         if first not in self.missing or first + len(here) > self.missing.stop or not here:
             raise ValueError(f"blocks {first} to {first + len(here)} were pushed, {self.missing} are missing")
-        if not all(0 <= block < pages.num_blocks for block in here):
-            raise ValueError(f"KV of {pages.num_blocks} blocks has no blocks {list(here)}")
-        there = self._claims.blocks[first : first + len(here)]
-        plan = plan_transfer(self.layout, target_layout, here, there, first_block=first)
-        wanted = set(layers_of(pages) if layers is None else layers)
-        if not wanted.issubset(layers_of(pages)):
-            raise ValueError(f"layers {sorted(wanted)} of KV that has {sorted(layers_of(pages))}")
+        there = SequenceKV(self._claims.layout, self._claims.blocks, data_rank=self._claims.data_rank)
+        origin = replace(self._origin, blocks=here, first_block=first)
+        tokens, missing = origin.tokens, self.missing_tokens
+        plan = plan_resharding(origin, there, range(max(tokens.start, missing.start), min(tokens.stop, missing.stop)))
+        wanted = self._layers(ranks, layers)
         with self._changed:
             self._check_open()
-            for layer in sorted(wanted):
-                self._link.push(self.session_id, self._claims, plan, layer, pages)
+            for layer in wanted:
+                self._link.push(self.session_id, self._claims, plan, layer, ranks)
+
+    def _pages(self, kv: Any) -> dict[int, KVMemory | KVPages]:
+        """What was given, by rank."""
+        first = self.layout.rank(self._origin.data_rank, 0, 0)
+        count = self.layout.pipeline_parallel * self.layout.tensor_parallel
+        given = [kv] if count == 1 else list(kv)
+        if len(given) != count:
+            raise ValueError(f"KV of {len(given)} ranks, the session's layout has {count}")
+        return {
+            rank: as_pages(part, self.layout, rank) for rank, part in enumerate(given, start=first) if part is not None
+        }
+
+    @staticmethod
+    def _blocks(ranks: Mapping[int, KVMemory | KVPages], blocks: Sequence[BlockId] | None) -> Sequence[BlockId]:
+        sizes = {pages.num_blocks for pages in ranks.values()}
+        if len(sizes) != 1:
+            raise ValueError(f"the ranks' KV has {sorted(sizes)} blocks")
+        [num_blocks] = sizes
+        here = range(num_blocks) if blocks is None else blocks
+        if not all(0 <= block < num_blocks for block in here):
+            raise ValueError(f"KV of {num_blocks} blocks has no blocks {list(here)}")
+        return here
+
+    def _layers(self, ranks: Mapping[int, KVMemory | KVPages], layers: Iterable[int] | None) -> list[int]:
+        """The layers to send; every rank that holds one of them has to give it."""
+        given = {layer for pages in ranks.values() for layer in layers_of(pages)}
+        wanted = given if layers is None else set(layers)
+        for layer in wanted:
+            first = self.layout.rank(self._origin.data_rank, self.layout.stage_of(layer), 0)
+            holders = range(first, first + self.layout.tensor_parallel)
+            if not all(rank in ranks and layer in layers_of(ranks[rank]) for rank in holders):
+                raise ValueError(f"layers {sorted(wanted)} of KV that has {sorted(given)}, or not on every rank")
+        return sorted(wanted)
 
     def close(self, token: SampledToken | int, payload: bytes = b"") -> None:
         """Everything has been pushed, and `token` is the first one that follows from it. `payload` (at most

@@ -22,7 +22,7 @@ from diptych.policy.block_pool import BlockPool
 from diptych.policy.handoff import Effect, Side, TargetEvent, TargetState, target_side
 from diptych.transfer.arrays import blocks_as_array
 from diptych.transfer.leases import Leases
-from diptych.transfer.memory import SharedMemory
+from diptych.transfer.memory import SharedMemory, memory_bytes
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.receiver import TargetEvent as ReceiverEvent
 from diptych.wire.tickets import mint
@@ -45,16 +45,20 @@ class PulledSession:
     """KV that has arrived, verified, in the target's memory. It is the puller's until `KVTarget.release`."""
 
     session_id: str
-    memory: KVMemory = field(repr=False)
+    memories: tuple[KVMemory, ...] = field(repr=False)  # of all ranks
     blocks: tuple[BlockId, ...]  # the sequence's whole block table
+    data_rank: int  # the data-parallel rank whose blocks they are
     num_tokens: int
     token: SampledToken  # the first one that follows from this KV
     payload: bytes
 
-    def layer(self, index: int) -> npt.NDArray[Any]:
-        """One layer's KV, [len(blocks), K or V, kv_head, slot, head_dim]: a view into the target's memory if
-        the blocks are consecutive, else a copy. bfloat16 comes as uint16."""
-        return blocks_as_array(self.memory, index, self.blocks)
+    def layer(self, index: int, tensor_rank: int = 0) -> npt.NDArray[Any]:
+        """One layer's KV on one tensor rank (of the pipeline stage that has the layer), [len(blocks), K or V,
+        kv_head of the rank, slot, head_dim]: a view into the target's memory if the blocks are consecutive,
+        else a copy. Slots past the last token are as they were. bfloat16 comes as uint16."""
+        layout = self.memories[0].layout
+        rank = layout.rank(self.data_rank, layout.stage_of(index), tensor_rank)
+        return blocks_as_array(self.memories[rank], index, self.blocks)
 
 
 @dataclass(slots=True, eq=False)
@@ -76,11 +80,11 @@ class _Session:
 
 
 class KVTarget:
-    """Takes sessions in. It owns a KV memory of `num_blocks` blocks of `layout`, which sources on this
-    machine write to themselves. All methods may be called from any thread.
+    """Takes sessions in. It owns a KV memory of `num_blocks` blocks for each rank of `layout`, which may be cut in
+    any way; sources on this machine write to it themselves. All methods may be called from any thread.
 
     `key` is the secret that all sources and targets of one fleet share, `model` what both sides must agree
-    on, `pool` who gives blocks out (by default one of its own). `address` is where sources connect:
+    on, `pool` who gives blocks out (by default a pool for each data-parallel rank). `address` is where sources connect:
     `unix:PATH` (pages travel through shared memory), `tcp:HOST:PORT` (in the connection; port 0 takes a free
     one), or None if they are all in this process. Raises ConfigError if there is not so much memory.
     """
@@ -98,11 +102,19 @@ class KVTarget:
         self._key = key
         self._model = model
         self._epoch = time.time_ns()  # tickets of an earlier life are void
-        self._pool: Blocks = BlockPool(num_blocks, layout.block_size) if pool is None else pool
-        self._segment = SharedMemory(layout.num_layers * num_blocks * layout.block_bytes)
-        self.memory = KVMemory(layout, num_blocks, self._segment.buffer)
+        self.layout = layout
+        self._pools = [
+            BlockPool(num_blocks, layout.block_size) if pool is None else pool for _ in range(layout.data_parallel)
+        ]
+        ranks = range(layout.world_size)
+        self._segments = [SharedMemory(memory_bytes(layout, num_blocks, rank)) for rank in ranks]
+        self.memories = tuple(KVMemory(layout, num_blocks, self._segments[rank].buffer, rank) for rank in ranks)
         about = Target(
-            key=key, epoch=self._epoch, memory=self.memory, model_digest=model, descriptor=self._segment.descriptor
+            key=key,
+            epoch=self._epoch,
+            memories=self.memories,
+            model_digest=model,
+            descriptors=tuple(segment.descriptor for segment in self._segments),
         )
         self._changed = threading.Condition()  # guards what follows, and the sessions' states
         self._sessions: dict[str, _Session] = {}
@@ -118,13 +130,15 @@ class KVTarget:
         num_tokens: int,
         *,
         present: Sequence[BlockId] = (),
+        data_rank: int = 0,
         lease: float = DEFAULT_LEASE_SECONDS,
         salt: str = "",
     ) -> bytes:
         """Reserve blocks for `num_tokens` tokens; returns the ticket with which a source may fill them, once.
 
         `present` are leading blocks of the sequence that are here already (a shared prefix); they are not
-        sent, and stay their owner's. A session that has not been pulled within `lease` seconds is ended.
+        sent, and stay their owner's. `data_rank` is the data-parallel rank that it goes to. A session that has
+        not been pulled within `lease` seconds is ended.
 
         Raises ValueError if a session of this name is open, TransferError while draining, and what the pool
         raises when it is out of blocks (`OutOfBlocks`).
@@ -135,17 +149,18 @@ class KVTarget:
             known = self._sessions.get(session_id)
             if known is not None and known.side.state is not TargetState.RELEASED:
                 raise ValueError(f"there is a session {session_id!r} already")
-            missing = blocks_for(num_tokens, self.memory.layout.block_size) - len(present)
+            missing = blocks_for(num_tokens, self.layout.block_size) - len(present)
             if missing < 0:
                 raise ValueError(f"{len(present)} blocks are present, more than {num_tokens} tokens take")
             claims = TicketClaims(
                 request_id=session_id,
                 worker_id=self.address or "in this process",
                 epoch=self._epoch,
-                blocks=(*present, *self._pool.allocate(missing)),
+                blocks=(*present, *self._pools[data_rank].allocate(missing)),
                 first_block=len(present),
                 num_tokens=num_tokens,
-                layout=self.memory.layout,
+                layout=self.layout,
+                data_rank=data_rank,
                 model_digest=self._model,
                 salt=salt,
                 nonce=secrets.token_bytes(NONCE_BYTES),
@@ -172,7 +187,13 @@ class KVTarget:
                 raise session.failure or TransferError("the session has no end")
             claims, closing = session.claims, session.closing
             return PulledSession(
-                session_id, self.memory, claims.blocks, claims.num_tokens, closing.token, closing.payload
+                session_id=session_id,
+                memories=self.memories,
+                blocks=claims.blocks,
+                data_rank=claims.data_rank,
+                num_tokens=claims.num_tokens,
+                token=closing.token,
+                payload=closing.payload,
             )
 
     def release(self, session_id: str) -> None:
@@ -208,10 +229,11 @@ class KVTarget:
             if session.failure is None:
                 self._end(session, TransferError("the target has been closed", code="closed"))
         self._leases.close()
-        with contextlib.suppress(BufferError):
-            self.memory.buffer.release()
-        with contextlib.suppress(BufferError):
-            self._segment.close()
+        for memory, segment in zip(self.memories, self._segments, strict=True):
+            with contextlib.suppress(BufferError):
+                memory.buffer.release()
+            with contextlib.suppress(BufferError):
+                segment.close()
 
     def __enter__(self) -> KVTarget:
         return self
@@ -261,7 +283,7 @@ class KVTarget:
                 session.failure = failure
                 self._leases.grant(session, REMEMBER_SECONDS)  # so that whoever pulls it learns why
             if Effect.RELEASE_BLOCKS in effects:
-                self._pool.release(session.owned[::-1])
+                self._pools[session.claims.data_rank].release(session.owned[::-1])
                 self._forget_if_over(session)
             self._changed.notify_all()
         if Effect.REVOKE_TICKET in effects:  # without the lock: it may have to send
@@ -283,7 +305,7 @@ class KVTarget:
 
     def _give_back(self, session: _Session) -> None:
         """The blocks of a session that has arrived: they were the puller's own, outside of the table."""
-        self._pool.release(session.owned[::-1])
+        self._pools[session.claims.data_rank].release(session.owned[::-1])
         del self._sessions[session.session_id]
         self._mark_read(session)
 

@@ -1,0 +1,119 @@
+"""Many byte ranges of one layer at once: where a stream of bytes lies in memory, and moving it from and to there.
+
+A hand-off between different cuts touches tens of thousands of short ranges, too many for a Python loop. So
+ranges are arrays here; short ones are moved as rows of their largest common size, by one numpy call for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diptych.core.errors import TransferError
+from diptych.core.kv_layout import SequenceKV
+
+LONG_RUN_BYTES = 16 << 10  # from here on, a Python loop over ranges is faster than moving every byte twice
+
+Numbers = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+
+class Places:
+    """A stream of bytes in a rank's layer: `lengths[i]` bytes at `starts[i]`, one run after the other.
+
+    Runs that adjoin are joined. Immutable, so threads may share it.
+    """
+
+    def __init__(self, starts: Numbers, lengths: Numbers) -> None:
+        fresh = np.ones(len(starts), dtype=bool)
+        fresh[1:] = starts[1:] != starts[:-1] + lengths[:-1]
+        self.starts: Numbers = starts[fresh]
+        self.lengths: Numbers = np.add.reduceat(lengths, np.flatnonzero(fresh)) if len(lengths) else lengths
+        self.ends: Numbers = np.cumsum(self.lengths)  # of the runs, in the stream
+        self._rows: tuple[int, Any, Numbers] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def are_long(self) -> bool:
+        """Few enough runs to go through them one by one."""
+        return len(self.starts) == 1 or self.nbytes >= LONG_RUN_BYTES * len(self.starts)
+
+    def part(self, start: int, stop: int) -> Places:
+        """Bytes [start, stop) of the stream."""
+        first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
+        starts, lengths = self.starts[first : last + 1].copy(), self.lengths[first : last + 1].copy()
+        skipped = start - (self.ends[first] - self.lengths[first])
+        starts[0] += skipped
+        lengths[0] -= skipped
+        lengths[-1] -= self.ends[last] - stop
+        return Places(starts, lengths)
+
+    def check(self, nbytes: int) -> None:
+        """Raises TransferError unless all of it lies within a layer of so many bytes."""
+        if len(self.starts) and (self.starts.min() < 0 or (self.starts + self.lengths).max() > nbytes):
+            raise TransferError(f"ranges leave a layer of {nbytes} bytes")
+
+    def views(self, layer: memoryview) -> list[memoryview]:
+        """The runs, where they are."""
+        runs = zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
+        return [layer[start : start + length] for start, length in runs]
+
+    def gather(self, layer: memoryview, into: memoryview) -> None:
+        """Copy the stream out of a layer. (`into` has its size.)"""
+        dtype, rows = self._row_index(len(layer))
+        np.take(np.frombuffer(layer, dtype), rows, out=np.frombuffer(into, dtype), mode="clip")
+
+    def scatter(self, content: memoryview, layer: memoryview) -> None:
+        """Copy the stream into a layer. (`content` has its size.)"""
+        dtype, rows = self._row_index(len(layer))
+        np.frombuffer(layer, dtype)[rows] = np.frombuffer(content, dtype)
+
+    def _row_index(self, layer_bytes: int) -> tuple[Any, Numbers]:
+        """The layer as rows of one size, and which of them these bytes are."""
+        known = self._rows
+        if known is None or known[0] != layer_bytes:
+            self.check(layer_bytes)
+            size = int(np.gcd.reduce(np.concatenate((self.starts, self.lengths, [layer_bytes]))))
+            known = self._rows = (
+                layer_bytes,
+                np.dtype((np.void, size)),
+                _spread(self.starts // size, self.lengths // size),
+            )
+        return known[1], known[2]
+
+
+def _spread(firsts: Numbers, counts: Numbers) -> Numbers:
+    """firsts[0], firsts[0] + 1, ... (counts[0] of them), firsts[1], ..."""
+    ends = np.cumsum(counts)
+    return np.repeat(firsts - (ends - counts), counts) + np.arange(ends[-1])
+
+
+def places_of(kv: SequenceKV, heads: range, tokens: range, other_block_size: int) -> Places:
+    """Where a rank that holds `heads` has the KV of `tokens` (at least one), in the logical order of
+    `policy.digest_units`: by run of tokens that lies in one block on both sides, then K before V, then head."""
+    layout = kv.layout
+    size = layout.block_size
+    edges = [
+        np.arange(tokens.start - tokens.start % step + step, tokens.stop, step) for step in (size, other_block_size)
+    ]
+    starts: Numbers = np.unique(np.concatenate(([tokens.start], *edges)))
+    counts = np.diff(starts, append=tokens.stop)
+    table: Numbers = np.asarray(kv.blocks, dtype=np.int64)
+    runs = table[starts // size - kv.first_block] * layout.block_bytes + starts % size * layout.vector_bytes
+    first = heads.start % layout.heads_per_rank
+    pieces: Numbers = np.array(
+        [layout.offset(plane, head) for plane in range(layout.planes) for head in range(first, first + len(heads))]
+    )
+    lengths = np.repeat(counts * layout.vector_bytes, len(pieces))
+    return Places((runs[:, None] + pieces).reshape(-1), lengths)
+
+
+def joined(parts: Sequence[memoryview]) -> memoryview:
+    """The stream in one buffer: itself if it is one, or a copy."""
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))

@@ -1,0 +1,111 @@
+"""The source's connections to one target: how they are made, and what each of them does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diptych.core.errors import HandshakeError, TransferError
+from diptych.core.fleet import KVEndpoint, WorkerId
+from diptych.core.kv_layout import KVLayout, LayerTransfer
+from diptych.core.ports import PageSource
+from diptych.policy.resharding import incompatibilities
+from diptych.transfer import frames
+from diptych.transfer.digest import unit_digests
+from diptych.transfer.local import LocalEndpoint
+from diptych.transfer.memory import map_memory
+from diptych.transfer.pieces import Frame
+from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter, get
+from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
+from diptych.wire.messages import WIRE_VERSION
+
+Connection = BlockingConnection[frames.FromTarget]
+Endpoint = KVEndpoint | LocalEndpoint
+
+MAX_RANKS = 1024  # of a target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who pushes: what a source says of itself and proves."""
+
+    key: bytes = field(repr=False)
+    worker_id: WorkerId
+    model_digest: str
+
+
+def connect(endpoint: Endpoint, identity: Identity) -> Connection:
+    """A connection that is proven, and on which nothing has been said."""
+    if isinstance(endpoint, LocalEndpoint):
+        return endpoint.dial()
+    connection: Connection = dial(endpoint.address, identity.key, frames.FromTarget)
+    return connection
+
+
+def introduce(
+    connection: Connection, endpoint: Endpoint, identity: Identity, layout: KVLayout
+) -> tuple[frames.PushWelcome, PageWriter]:
+    """Say who we are, and learn whom we write to, and how. Raises HandshakeError if we are not welcome."""
+    connection.send(frames.PushHello(WIRE_VERSION, identity.worker_id, layout, identity.model_digest))
+    welcome = connection.receive(STALL_SECONDS)
+    if isinstance(welcome, frames.Refused):
+        raise HandshakeError(f"it refused the data connection: {welcome.message[:1000]}")
+    if not isinstance(welcome, frames.PushWelcome):
+        raise HandshakeError("it did not welcome the data connection")
+    target = welcome.layout
+    if reasons := incompatibilities(layout, target):
+        raise HandshakeError(f"its KV layout cannot be made from ours: {'; '.join(reasons)}")
+    if isinstance(endpoint, LocalEndpoint):
+        return welcome, MappedWriter(endpoint.memories)
+    if endpoint.transport != "shm":
+        return welcome, InlineWriter()
+    if not target.world_size == welcome.num_descriptors <= MAX_RANKS:
+        raise HandshakeError(f"it shares the memory of {welcome.num_descriptors} ranks out of {target.world_size}")
+    memories = [
+        map_memory(connection.receive_descriptor(), target, welcome.num_blocks, rank)
+        for rank in range(target.world_size)
+    ]
+    return welcome, MappedWriter(memories)
+
+
+class Stream:
+    """One connection of a link, for the thread that owns it. Whoever answers to the target may send on it, too."""
+
+    def __init__(self, connection: Connection | None = None) -> None:
+        self.connection = connection
+        self._send_lock = threading.Lock()
+        self._scratch = memoryview(b"")
+
+    def send(self, message: object, payload: Sequence[memoryview] = ()) -> None:
+        """Raises TransferError or OSError if the connection is over."""
+        with self._send_lock:
+            if self.connection is None:
+                raise TransferError("no data connection")
+            self.connection.send(message, payload)
+
+    def hang_up(self) -> None:
+        """Close the connection."""
+        if self.connection is not None:
+            self.connection.end()  # wakes whoever is sending on it
+        with self._send_lock:
+            connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.close()
+
+    def write(
+        self, writer: PageWriter, transfer: LayerTransfer, frame: Frame, source: PageSource
+    ) -> tuple[bytes, list[memoryview]]:
+        """Move one frame's pages; returns the digests of its units, and the bytes for the frame itself."""
+        layer = source.layer(transfer.layer)
+        if len(self._scratch) < frame.nbytes:
+            self._scratch = memoryview(bytearray(frame.nbytes))
+        scratch, digests, payload = self._scratch, [], []
+        for piece in frame.pieces:
+            content = get(piece.source, layer, scratch, few=piece.are_long)
+            inline = writer.write(transfer, piece, content)
+            digests.append(unit_digests(content, piece.unit_ends))
+            payload += inline
+            if inline:
+                scratch = scratch[piece.source.nbytes :]
+        return b"".join(digests), payload
