@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import queue
 import random
@@ -30,7 +31,8 @@ EPOCH = 7
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4)
 NUM_BLOCKS = 24
 TOKEN = SampledToken(42, -0.5, ((42, -0.5),))
-SOCKET_TRANSPORTS = ("shm", "tcp", "tls")
+NIXL = ("nixl",) if any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13")) else ()
+SOCKET_TRANSPORTS = ("shm", "tcp", "tls", *NIXL)
 TRANSPORTS = (*SOCKET_TRANSPORTS, "local")
 
 
@@ -134,12 +136,14 @@ def world(
     targets = tuple(KVMemory(target_layout, NUM_BLOCKS, segments[rank].buffer, rank) for rank in ranks)
     at_target = Inbox()
     descriptors = tuple(segment.descriptor for segment in segments)
-    about = Target(key=KEY, epoch=EPOCH, memories=targets, model_digest="model", descriptors=descriptors)
+    nixl = transport in ("nixl", "fastest")
+    about = Target(key=KEY, epoch=EPOCH, memories=targets, model_digest="model", descriptors=descriptors, nixl=nixl)
     receiver = KVReceiver(about, at_target.put)
     endpoint: KVEndpoint | LocalEndpoint = LocalEndpoint(receiver)
     if transport != "local":
-        address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else f"{transport}:127.0.0.1:0")
-        endpoint = KVEndpoint(transport="shm" if transport == "shm" else "tcp", address=address)
+        scheme = "tls" if transport == "tls" else "tcp"
+        address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else f"{scheme}:127.0.0.1:0")
+        endpoint = KVEndpoint(transport="tcp" if transport == "tls" else transport, address=address)
     sources = tuple(random_memory(seed, layout, rank) for rank in range(layout.world_size))
     made = World(endpoint, sources, targets, receiver, at_target)
     try:

@@ -47,6 +47,9 @@ class FaultyWriter:
             return self._cut_short(transfer, piece, wrong)
         return self._writer.write(transfer, piece, [memoryview(wrong)])
 
+    def close(self) -> None:
+        self._writer.close()
+
     def _cut_short(self, transfer: LayerTransfer, piece: Piece, content: bytes) -> Content:
         if not content:
             return ()

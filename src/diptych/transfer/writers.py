@@ -23,6 +23,10 @@ class PageWriter(Protocol):
         nothing, if the piece does not lie within the target's memory."""
         ...
 
+    def close(self) -> None:
+        """No thread writes any more."""
+        ...
+
 
 class MappedWriter:
     """Into memory that this process can address (shared memory, or its own); `memories` in order of ranks."""
@@ -37,6 +41,9 @@ class MappedWriter:
         put(content, piece.target, layer)
         return ()
 
+    def close(self) -> None:
+        """The mapping goes with its last view."""
+
 
 class InlineWriter:
     """Into the frame: the bytes follow the message, sent straight out of the source's memory if they lie
@@ -44,6 +51,9 @@ class InlineWriter:
 
     def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
         return content
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 def get(places: Places, layer: memoryview, scratch: memoryview, *, few: bool = True) -> Content:
