@@ -15,6 +15,6 @@ def test_handoff() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "100 tokens in blocks (0, 1, 2, 3, 4, 5, 6), layers [0.0, 1.0, 2.0, 3.0]",
+        "100 tokens in blocks (0, 1, 2, 3); last layer by head: [30. 31.]",
         "decode goes on from token 42: as good as new",
     ]

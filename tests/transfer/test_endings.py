@@ -198,6 +198,7 @@ def test_another_wire_version_is_refused(version: int, tmp_path: Path) -> None:
         connection = dial(made.endpoint.address, KEY, frames.FromTarget)
         with contextlib.closing(connection):
             connection.send(frames.PushHello(version, "prefill-1", LAYOUT, "model"))
+            assert connection.receive() == frames.Refused(f"wire version {version} there, {WIRE_VERSION} here")
             assert connection.receive() is None
 
 

@@ -48,7 +48,7 @@ class Handoff:
 
 
 @st.composite
-def handoffs(draw: st.DrawFn) -> list[Handoff]:
+def handoffs(draw: st.DrawFn, layout: KVLayout) -> list[Handoff]:
     """Requests whose target blocks are disjoint; their source blocks may be shared (a common prefix)."""
     order = draw(st.permutations(range(NUM_BLOCKS)))
     edges = sorted(draw(st.lists(st.integers(0, NUM_BLOCKS), min_size=1, max_size=4)))
@@ -61,7 +61,7 @@ def handoffs(draw: st.DrawFn) -> list[Handoff]:
         cuts = draw(st.lists(st.integers(missing_from, len(blocks)), max_size=3))
         drawn.append(
             Handoff(
-                claims_for(f"r{number}", blocks, missing_from),
+                claims_for(f"r{number}", blocks, missing_from, layout=layout),
                 list(draw(st.permutations(range(NUM_BLOCKS))))[: len(blocks)],
                 sorted(cuts),
             )
@@ -110,7 +110,7 @@ def test_every_page_arrives_and_nothing_else_changes(transport: str, layout: KVL
         link = made.link()
 
         @settings(deadline=None, max_examples=20)
-        @given(requests=handoffs(), seed=st.integers(0, 2**32))
+        @given(requests=handoffs(layout), seed=st.integers(0, 2**32))
         def arrive(requests: list[Handoff], seed: int) -> None:
             dice = random.Random(seed)
             made.source.buffer[:] = dice.randbytes(len(made.source.buffer))

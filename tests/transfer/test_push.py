@@ -244,6 +244,7 @@ OTHER_PROCESS = """
 import sys
 from diptych.wire.tickets import open_ticket
 from transfer_harness import *
+from diptych.policy.resharding import plan_transfer
 claims = open_ticket(bytes.fromhex(sys.argv[2]), KEY)
 inbox = Inbox()
 identity = Identity(key=KEY, worker_id="prefill-0", model_digest="model")

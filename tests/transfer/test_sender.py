@@ -26,7 +26,7 @@ from diptych.core.fleet import KVEndpoint
 from diptych.core.kv_layout import KVMemory, LayerTransfer
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
-from diptych.transfer import frames, sender
+from diptych.transfer import frames, sender, streams
 from diptych.transfer.memory import SharedMemory
 from diptych.transfer.pieces import Piece
 from diptych.transfer.sender import Identity, PushLink, WrapWriter
@@ -289,7 +289,8 @@ def test_a_broken_link_is_reported_once_with_what_was_under_way(transport: str, 
 def test_a_target_that_falls_silent(
     transport: str, silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sender, "STALL_SECONDS", 0.05)
+    for module in (sender, streams):
+        monkeypatch.setattr(module, "STALL_SECONDS", 0.05)
     with encounter(transport, tmp_path) as made:
         claims = claims_for("r1", BLOCKS)
         if silent == "welcome":

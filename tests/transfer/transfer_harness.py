@@ -170,7 +170,7 @@ class ScriptedSource:
 
     def __init__(self, world: World, *, layout: KVLayout = LAYOUT, model: str = "model", key: bytes = KEY) -> None:
         self._world = world
-        self.num_frames = 0  # of pages that were sent
+        self.num_frames = 0  # of pages that were sent for the one ticket that it has
         endpoint = world.endpoint
         self.mapped = isinstance(endpoint, LocalEndpoint) or endpoint.transport == "shm"
         self.connection: BlockingConnection[frames.FromTarget] = (
@@ -179,9 +179,8 @@ class ScriptedSource:
         self._descriptors: list[int] = []
         self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model))
         self.welcome = self.connection.receive()
-        if isinstance(endpoint, KVEndpoint) and self.mapped:
-            if isinstance(self.welcome, frames.PushWelcome):
-                self._descriptors = [self.connection.receive_descriptor() for _ in range(self.welcome.num_descriptors)]
+        if isinstance(endpoint, KVEndpoint) and self.mapped and isinstance(self.welcome, frames.PushWelcome):
+            self._descriptors = [self.connection.receive_descriptor() for _ in range(self.welcome.num_descriptors)]
 
     def begin(self, claims: TicketClaims) -> Any:
         """Ask for leave to write; returns the answer."""
@@ -209,7 +208,7 @@ class ScriptedSource:
             "nbytes": sum(len(page) for page in payload),
         }
         self.connection.send(frames.Pages(**(fields | changes)), payload)
-        self.num_frames += 1
+        self.num_frames += not changes.keys() & {"request_id", "nonce", "epoch"}
 
     def close_handoff(self, claims: TicketClaims, /, **changes: Any) -> None:
         about = {"request_id": claims.request_id, "nonce": claims.nonce, "epoch": claims.epoch}

@@ -47,7 +47,7 @@ class _Push:
     begun: bool = False
     over: bool = False
     num_frames: int = 0  # to be sent
-    busy: int = 0  # jobs that threads are at
+    num_jobs: int = 0  # queued or under way
     stopping: bool = False  # as soon as there is none
 
 
@@ -181,6 +181,7 @@ class PushLink:
             self._do(push, job, stream)
 
         with self._lock:
+            push.num_jobs += 1
             if not self._ended:
                 self._jobs.put(for_push)
                 return
@@ -253,15 +254,12 @@ class PushLink:
 
     def _do(self, push: _Push, job: Callable[[_Push, Stream], None], stream: Stream) -> None:
         """One job of a push. Whoever does its last one says that it has stopped, if it is to stop."""
-        with self._lock:
-            push.busy += 1
         try:
-            if not push.over:
-                job(push, stream)
+            job(push, stream)
         finally:
             with self._lock:
-                push.busy -= 1
-                stopped = push.stopping and push.busy == 0
+                push.num_jobs -= 1
+                stopped = push.stopping and push.num_jobs == 0
                 if stopped:
                     push.stopping = False
                     if self._pushes.get(push.claims.request_id) is push:
@@ -285,19 +283,25 @@ class PushLink:
         if not push.go.wait(STALL_SECONDS):
             raise TransferError(f"worker {self.target} does not answer")
 
+    def _may_go_on(self, push: _Push) -> bool:
+        """Whether this push is still wanted, once it has begun."""
+        if not push.over:
+            self._begin(push)
+        return not push.over
+
     def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
-        self._begin(push)
-        if push.over:
+        if not self._may_go_on(push):
             return
         claims, transfer, frame = push.claims, job.transfer, job.frames[job.index]
         digests, payload = stream.write(self._writer, transfer, frame, job.sources[transfer.source_rank])
         nbytes = sum(map(len, payload))
+        if self.lost:
+            return
         about = claims.request_id, claims.nonce, claims.epoch
         stream.send(frames.Pages(*about, transfer.layer, job.pair, frame.first_group, digests, nbytes), payload)
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
-        self._begin(push)
-        if not push.over:
+        if self._may_go_on(push):
             claims = push.claims
             self._answer(frames.Close(claims.request_id, claims.nonce, claims.epoch, push.num_frames, token, payload))
 

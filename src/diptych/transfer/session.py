@@ -16,7 +16,14 @@ Tickets are small opaque bytes that may travel by any road; each is good for one
 numpy arrays, torch tensors or a `KVMemory`: everything at once, or layer by layer (`push({3: layer_3})`) and
 in runs of blocks as they are computed.
 
-**What is certain.** `pull` returns KV of which every page has the digest that its source computed; anything
+**Re-sharding.** Each side has a layout of its own (`core.kv_layout`): its cut into tensor, pipeline and data
+parallel ranks and its block size; only the model has to be the same. `push` takes a list with the KV of each
+rank, `pull` gives each rank's, and every byte that the target lacks moves once, from a rank that has it to each
+rank that wants it. Only tokens move: the slots past the last one stay as they were. `examples/handoff.py` hands
+KV of two tensor ranks over to one.
+
+**What is certain.** `pull` returns KV of which every page has the digest that its source computed, also
+across re-sharding (digests cover bytes in the order of tokens and heads, not in that of memory); anything
 else is a TransferError on both sides. A block is given to somebody else only when nobody can write to it any
 more, and `wait` returns (or raises) only when nobody reads the pushed pages any more. The states in between
 are those of `policy.handoff` (`SourceSession.state`).
@@ -33,8 +40,6 @@ side at once; errors are TransferError with these codes:
     lease_expired       it was not over (source) or not pulled (target) in time
     draining, closed    the target takes nothing in any more
     unknown_session     nobody expects it here, or it was over long ago
-
-Both sides are of one layout for now; `push` takes the target's, and says so where they differ.
 """
 
 from __future__ import annotations
