@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import queue
 import random
@@ -31,8 +30,7 @@ EPOCH = 7
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4)
 NUM_BLOCKS = 24
 TOKEN = SampledToken(42, -0.5, ((42, -0.5),))
-NIXL = ("nixl",) if any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13")) else ()
-SOCKET_TRANSPORTS = ("shm", "tcp", "tls", *NIXL)
+SOCKET_TRANSPORTS = ("shm", "tcp", "tls")
 TRANSPORTS = (*SOCKET_TRANSPORTS, "local")
 
 
