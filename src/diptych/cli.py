@@ -15,7 +15,8 @@ from typer import Argument, Option
 from diptych import __version__
 from diptych.core.errors import ConfigError, DiptychError
 from diptych.core.fleet import Role
-from diptych.core.settings import BatchSettings, CacheSettings
+from diptych.core.settings import BatchSettings, CacheSettings, CutSettings
+from diptych.cut_flags import takes_cuts
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -56,8 +57,10 @@ KVCacheTokens = Annotated[int | None, Option(min=1, help="KV cache of each worke
 BlockSize = Annotated[int, Option(min=1, help="Tokens per KV block.")]
 EvictionOrder = Annotated[Literal["lru", "fifo"], Option(help="Which cached block goes first.")]
 PrefixCaching = Annotated[bool, Option(help="Reuse the KV of shared prefixes.")]
-MaxBatchTokens = Annotated[int, Option(min=2, help="Tokens per step; longer prompts go in chunks.")]
-MaxSequences = Annotated[int, Option(min=1, help="Sequences per step and worker.")]
+MaxBatchTokens = Annotated[
+    int, Option(min=2, help="Tokens per step (and data-parallel rank); longer prompts go in chunks.")
+]
+MaxSequences = Annotated[int, Option(min=1, help="Sequences per step (and data-parallel rank).")]
 EngineKind = Annotated[Literal["torch", "scripted"], Option(help="scripted: no model, made-up tokens.")]
 Tls = Annotated[bool, Option("--tls", help="Encrypt channels between hosts.")]
 Advertise = Annotated[str | None, Option(help="This machine's address, as the others' workers reach it.")]
@@ -65,6 +68,7 @@ Config = Annotated[Path | None, Option(callback=read_config, is_eager=True, help
 
 
 @app.command()
+@takes_cuts(*Role)
 def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     model: Model = None,
     prefill: Annotated[int | None, Option(min=0, help="Workers that read prompts. Default 1; 0 with --mixed.")] = None,
@@ -92,6 +96,8 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     advertise: Advertise = None,
     journal: Annotated[Path | None, Option(help="Directory for a record of every decision (JSONL).")] = None,
     config: Config = None,
+    *,
+    cuts: dict[str, CutSettings],
 ) -> None:
     """Serve a model through a prefill and a decode pool, with an OpenAI-compatible API."""
     from diptych import serve as composition
@@ -105,6 +111,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
             prefill=split if prefill is None else prefill,
             decode=split if decode is None else decode,
             mixed=mixed,
+            cuts={Role(role): cut for role, cut in cuts.items()},
             transport=transport,
         ),
         engine=composition.engine_settings(
@@ -128,6 +135,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
 
 
 @app.command()
+@takes_cuts("")
 def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
     role: Annotated[Role, Option(help="What it is for.")],
     join: Annotated[str, Option(help="HOST:PORT of the server's --listen.")],
@@ -150,6 +158,8 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
     engine: EngineKind = "torch",
     journal: Annotated[Path | None, Option(help="File for a record of every decision (JSONL).")] = None,
     config: Config = None,
+    *,
+    cuts: dict[str, CutSettings],
 ) -> None:
     """Add one worker to a server that runs on another machine (diptych serve --listen)."""
     from diptych import join as composition
@@ -164,8 +174,10 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
         tls=tls,
         worker_id=id,
         advertise=advertise,
-        engine=engine_settings(
-            model, kind=engine, device=device, dtype=dtype, block_size=block_size, max_model_len=max_model_len
+        engine=cuts[""].of(
+            engine_settings(
+                model, kind=engine, device=device, dtype=dtype, block_size=block_size, max_model_len=max_model_len
+            )
         ),
         cache=CacheSettings(kv_tokens=kv_cache_tokens, eviction=eviction, prefix_caching=prefix_caching),
         batch=BatchSettings(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),

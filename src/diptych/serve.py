@@ -10,7 +10,7 @@ import secrets
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, WorkerId
-from diptych.core.settings import BatchSettings, CacheSettings, EngineSettings, WorkerSettings
+from diptych.core.settings import BatchSettings, CacheSettings, CutSettings, EngineSettings, WorkerSettings
 from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
 from diptych.fleet.placement import place
@@ -55,11 +55,12 @@ PLAIN_EXAMPLE = "Why is the sky blue?"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """How many workers of each role, and how pages travel between them."""
+    """How many workers of each role, how they are cut, and how pages travel between them."""
 
     prefill: int = 1
     decode: int = 1
     mixed: int = 0
+    cuts: Mapping[Role, CutSettings] = field(default_factory=dict)
     transport: str = "auto"
 
     def __post_init__(self) -> None:
@@ -70,6 +71,9 @@ class PoolSettings:
         """Worker ids and roles, prefill workers first."""
         counts = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
         return {f"{role}-{index}": role for role, count in counts for index in range(count)}
+
+    def cut(self, role: Role) -> CutSettings:
+        return self.cuts.get(role, CutSettings())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +270,8 @@ async def _listen_for_others(join: JoinPoint, key: bytes, router: Router) -> Lis
 def _worker_settings(
     settings: ServeSettings, roles: dict[WorkerId, Role], router: str, key: bytes, run_dir: str
 ) -> list[WorkerSettings]:
-    cpus = place(len(roles), sorted(os.sched_getaffinity(0)))
+    cuts = [settings.pools.cut(role) for role in roles.values()]
+    cpus = place([cut.parallel.world_size for cut in cuts], sorted(os.sched_getaffinity(0)))
     return [
         WorkerSettings(
             worker_id=worker_id,
@@ -278,13 +283,13 @@ def _worker_settings(
             transports=settings.transports,
             data_host=settings.join.data_host if settings.join else "127.0.0.1",
             tls=settings.join is not None and settings.join.tls,
-            engine=settings.engine,
+            engine=cut.of(settings.engine),
             cache=settings.cache,
             batch=settings.batch,
             cpu=cpu,
             journal=_journal_path(settings, worker_id),
         )
-        for (worker_id, role), cpu in zip(roles.items(), cpus, strict=True)
+        for (worker_id, role), cut, cpu in zip(roles.items(), cuts, cpus, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ import time
 
 from diptych.core.errors import ConfigError
 from diptych.core.ports import Engine
-from diptych.core.settings import EngineSettings, WorkerSettings
+from diptych.core.settings import CpuSettings, EngineSettings, WorkerSettings
 from diptych.worker.main import OnProgress, run_worker
 
 
@@ -23,19 +23,25 @@ def load_engine(settings: WorkerSettings, on_progress: OnProgress) -> Engine:
     """Build the engine that the settings name. Blocking; heavy imports happen here."""
     match settings.engine.kind:
         case "torch":
-            return _load_torch(settings.engine, settings.cpu.threads, on_progress)
+            return _load_torch(settings.engine, settings.cpu, on_progress)
         case "scripted":
             return _load_scripted(settings.engine)
         case other:
             raise ConfigError(f"--engine {other}: one of torch, scripted")
 
 
-def _load_torch(engine: EngineSettings, threads: int, on_progress: OnProgress) -> Engine:
+def _load_torch(engine: EngineSettings, cpu: CpuSettings, on_progress: OnProgress) -> Engine:
+    """One rank computes in this process, several in processes of their own."""
+    if engine.parallel.world_size > 1:
+        from diptych.engine.torch_engine.parallel_engine import ParallelEngine
+
+        return ParallelEngine.load(engine, cpu.cores, on_progress)
+
     import torch
 
     from diptych.engine.torch_engine.runner import TorchEngine
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(cpu.threads)
     return TorchEngine.load(
         engine.model,
         device=engine.device,
@@ -49,5 +55,10 @@ def _load_torch(engine: EngineSettings, threads: int, on_progress: OnProgress) -
 def _load_scripted(engine: EngineSettings) -> Engine:
     from diptych.engine.scripted import ScriptedEngine, ScriptedModel
 
-    model = ScriptedModel(block_size=engine.block_size, max_model_len=engine.max_model_len or 4096)
-    return ScriptedEngine(model, sleep=time.sleep)
+    model = ScriptedModel(
+        block_size=engine.block_size, max_model_len=engine.max_model_len or 4096, parallel=engine.parallel
+    )
+    try:
+        return ScriptedEngine(model, sleep=time.sleep)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -120,7 +120,9 @@ class FakeDispatcher:
 
 
 def _worker(worker_id: str, role: Role, state: WorkerState, stats: WorkerStats) -> WorkerView:
-    return WorkerView(worker_id=worker_id, role=role, state=state, epoch=7, pid=11, num_blocks=9, stats=stats)
+    return WorkerView(
+        worker_id=worker_id, role=role, state=state, epoch=7, pid=11, cut="tp4 ep4", num_blocks=9, stats=stats
+    )
 
 
 SAMPLE = [

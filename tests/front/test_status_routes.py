@@ -31,6 +31,7 @@ def test_fleet() -> None:
         "state": "lost",
         "pid": 11,
         "epoch": 7,
+        "cut": "tp4 ep4",
         "kv_blocks_total": 9,
         "kv_blocks_used": 3,
         "kv_blocks_cached": 4,

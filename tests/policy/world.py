@@ -3,13 +3,14 @@ every message waits in a queue until a seeded choice delivers it.
 
 Each (sender, receiver) pair is a queue of its own, in order; between queues any order may happen. Pages
 are copied when their message is delivered, so a block that was given back too early shows in the tokens.
+Workers may be cut into ranks, each in its own way.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from diptych.core import actions as do
 from diptych.core import events as on
@@ -21,6 +22,7 @@ from diptych.core.ticket import TicketClaims
 from diptych.engine.scripted import ScriptedEngine, ScriptedModel
 from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool
+from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.policy.worker import WorkerPolicy
@@ -31,15 +33,21 @@ MODEL = ScriptedModel(block_size=4, max_model_len=256)
 class WorldWorker:
     """One worker: policy, engine, and tickets that it has granted and not yet revoked or seen closed."""
 
-    def __init__(self, world: World, worker_id: str, role: Role, num_blocks: int) -> None:
+    def __init__(self, world: World, worker_id: str, role: Role, num_blocks: int, model: ScriptedModel) -> None:
         self.world, self.worker_id, self.role = world, worker_id, role
-        self.engine = ScriptedEngine(MODEL)
-        [self.kv] = self.engine.allocate_kv(num_blocks, PrivateMemory)
-        limits = BatchLimits(max_batch_tokens=16, max_sequences=6)
-        self.policy = WorkerPolicy(MODEL.layout, BlockPool(num_blocks, 4), limits, MODEL.info.eos_token_ids)
+        self.num_blocks, self.model, self.layout = num_blocks, model, model.layout
+        self.engine = ScriptedEngine(model)
+        self.kv = self.engine.allocate_kv(num_blocks, PrivateMemory)
+        self.ranks = [self.make_rank(data_rank) for data_rank in range(self.layout.data_parallel)]
+        self.policy = self.ranks[0] if len(self.ranks) == 1 else DataParallelPolicy(self.ranks)
         self.tickets: dict[str, TicketClaims] = {}
         self.pushing: dict[str, str] = {}  # request -> target
         self.writers: dict[str, str] = {}  # request -> source
+
+    def make_rank(self, data_rank: int) -> WorkerPolicy:
+        pool = BlockPool(self.num_blocks, self.layout.block_size)
+        limits = BatchLimits(max_batch_tokens=16, max_sequences=6)
+        return WorkerPolicy(self.layout, pool, limits, self.model.info.eos_token_ids, data_rank=data_rank)
 
     def view(self) -> WorkerView:
         return WorkerView(
@@ -47,9 +55,9 @@ class WorldWorker:
             role=self.role,
             state=WorkerState.READY,
             epoch=1,
-            num_blocks=self.kv.num_blocks,
-            block_size=4,
-            token_bytes=MODEL.layout.token_bytes,
+            num_blocks=self.num_blocks * len(self.ranks),
+            block_size=self.layout.block_size,
+            token_bytes=self.layout.token_bytes,
             transports=("shm",),
             stats=self.policy.stats(),
         )
@@ -77,7 +85,7 @@ class WorldWorker:
                 self.tickets.pop(request_id, None)
                 world.send("writers of " + me, me, lambda: self.handle(on.WriterGone(request_id)))
             case do.PushPages():
-                for layer in range(MODEL.num_layers):
+                for layer in range(self.layout.num_layers):
                     self.push(action, layer)
             case do.CloseHandoff(request_id, claims, token):
                 target = world.workers[claims.worker_id]
@@ -104,8 +112,9 @@ class WorldWorker:
             blocks=grant.blocks,
             first_block=grant.first_block,
             num_tokens=grant.num_tokens,
-            layout=MODEL.layout,
-            model_digest=MODEL.info.digest,
+            layout=self.layout,
+            data_rank=grant.data_rank,
+            model_digest=self.model.info.digest,
             salt="",
             nonce=b"n" * 16,
         )
@@ -127,7 +136,7 @@ class WorldWorker:
         self.writers[push.request_id] = source.worker_id
         for piece in push.plan.layers:
             if piece.layer == layer:
-                theirs, ours = source.kv.layer(layer), self.kv.layer(layer)
+                theirs, ours = source.kv[piece.source_rank].layer(layer), self.kv[piece.target_rank].layer(layer)
                 for span in piece.ranges:
                     page = theirs[span.source_offset : span.source_offset + span.length]
                     ours[span.target_offset : span.target_offset + span.length] = page
@@ -145,7 +154,14 @@ class WorldWorker:
 class World:
     """Everything, and the seeded choice of what happens next."""
 
-    def __init__(self, seed: int, roles: dict[str, Role], *, num_blocks: int = 64) -> None:
+    def __init__(
+        self,
+        seed: int,
+        roles: dict[str, Role],
+        *,
+        num_blocks: int = 64,
+        models: Mapping[str, ScriptedModel] | None = None,
+    ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self.queues: dict[tuple[str, str], deque[tuple[str, Callable[[], None]]]] = {}
@@ -155,7 +171,10 @@ class World:
         self.finished: set[str] = set()
         self.errors: dict[str, DiptychError] = {}
         self.routes: dict[str, str] = {}
-        self.workers = {name: WorldWorker(self, name, role, num_blocks) for name, role in roles.items()}
+        cuts = models or {}
+        self.workers = {
+            name: WorldWorker(self, name, role, num_blocks, cuts.get(name, MODEL)) for name, role in roles.items()
+        }
         for worker in self.workers.values():
             self.route(on.WorkerUpdated(worker.view()))
 
@@ -198,7 +217,7 @@ class World:
             if any(name in end.split() for end in key):
                 queue.clear()
         dead = self.workers[name]
-        self.workers[name] = WorldWorker(self, name, dead.role, dead.kv.num_blocks)
+        self.workers[name] = WorldWorker(self, name, dead.role, dead.num_blocks, dead.model)
         for worker in self.workers.values():
             pushing = tuple(request_id for request_id, target in worker.pushing.items() if target == name)
             if pushing:
@@ -247,5 +266,5 @@ class World:
         for worker in self.workers.values():
             worker.policy.check_integrity()
             assert worker.policy.idle, worker.worker_id
-            assert worker.policy.pool.num_used == 0, worker.worker_id
+            assert worker.policy.stats().blocks_used == 0, worker.worker_id
             assert not worker.tickets

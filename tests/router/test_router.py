@@ -236,6 +236,22 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(misfit: messages.
     play(script)
 
 
+def test_workers_may_be_cut_differently_but_not_be_of_another_shape() -> None:
+    async def script(stage: Stage) -> None:
+        await stage.join(hello("p0", Role.PREFILL))
+        four_ranks = replace(LAYOUT, block_size=32, data_parallel=2, tensor_parallel=2, expert_parallel=4)
+        await stage.join(hello("d0", Role.DECODE, layout=four_ranks, num_blocks=8))
+        view = next(view for view in stage.router.workers() if view.worker_id == "d0")
+        assert (view.cut, view.block_size, view.num_blocks) == ("tp2 dp2 ep4", 32, 8)
+        stranger = stage.connect()
+        stranger.send(hello("d1", Role.DECODE, layout=replace(four_ranks, num_kv_heads=2)))
+        refused = await anext(stranger)
+        assert isinstance(refused, messages.Refused)
+        assert refused.reason.endswith("num_kv_heads is 2 on one side and 1 on the other")
+
+    play(script)
+
+
 def test_a_newer_life_replaces_the_older_one() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, _ = await start_split(stage)

@@ -59,7 +59,8 @@ class KVEndpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a worker says of itself when it registers. Workers of equal `host` can share memory."""
+    """What a worker says of itself when it registers. `num_blocks` are those of all its data-parallel ranks
+    together. Workers of equal `host` can share memory."""
 
     model: ModelInfo
     layout: KVLayout
@@ -92,7 +93,8 @@ class WorkerView:
     state: WorkerState
     epoch: Epoch
     pid: int = 0
-    num_blocks: int = 0
+    cut: str = ""  # into ranks, in short ("tp4 ep4")
+    num_blocks: int = 0  # of all data-parallel ranks together
     block_size: int = 16
     token_bytes: int = 0  # KV bytes per token, all layers
     transports: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ import msgspec
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import WorkerId
 from diptych.core.settings import WorkerSettings
+from diptych.engine.threads import thread_environment
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +109,6 @@ class LocalFleet:
 
     def _log_path(self, worker_id: WorkerId) -> Path:
         return Path(self._settings[worker_id].run_dir) / f"{worker_id}.log"
-
-
-def thread_environment(threads: int) -> dict[str, str]:
-    """Must be in place before torch is loaded: waiting threads sleep instead of spinning."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 
 def _how(code: int) -> str:

@@ -176,6 +176,7 @@ def describe_worker(worker: WorkerView) -> dict[str, Any]:
         "state": worker.state,
         "pid": worker.pid,
         "epoch": worker.epoch,
+        "cut": worker.cut,
         "kv_blocks_total": worker.num_blocks,
         "kv_blocks_used": worker.stats.blocks_used,
         "kv_blocks_cached": worker.stats.blocks_cached,

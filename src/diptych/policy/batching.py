@@ -78,10 +78,15 @@ class Scheduler:
         return tuple(self._waiting)
 
     @property
+    def tokens_waiting(self) -> int:
+        """Of the logs that wait for blocks or for their turn."""
+        return sum(sequence.num_tokens for sequence in self._waiting)
+
+    @property
     def prefill_tokens_queued(self) -> int:
         """Known tokens without KV, not counting the one that each decoding sequence is behind."""
         behind = [sequence.num_uncomputed_tokens for sequence in self._running]
-        return sum(sequence.num_tokens for sequence in self._waiting) + sum(tokens for tokens in behind if tokens > 1)
+        return self.tokens_waiting + sum(tokens for tokens in behind if tokens > 1)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a log of `num_tokens` tokens fits into this worker at all."""
