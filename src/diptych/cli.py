@@ -78,7 +78,9 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    transport: Annotated[Literal["auto", "shm", "tcp"], Option(help="How KV pages travel.")] = "auto",
+    transport: Annotated[
+        Literal["auto", "shm", "tcp", "nixl", "fastest"], Option(help="How KV pages travel.")
+    ] = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_tokens: KVCacheTokens = None,
     block_size: BlockSize = 16,

@@ -37,6 +37,7 @@ from diptych.transfer.places import Numbers
 from diptych.transfer.writers import Content
 from diptych.wire.blocking import STALL_SECONDS
 
+TRANSPORTS = frozenset({"nixl", "fastest"})  # KVEndpoint.transport: always, or if it is faster than frames
 MODULES = ("nixl._api", "nixl_cu12._api", "nixl_cu13._api")
 PROGRESS_MICROSECONDS = 100_000
 FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 20e-6, 1e-3  # between looks at a transfer: doubled from the one to the other

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from diptych.core.errors import HandshakeError, TransferError
 from diptych.core.fleet import KVEndpoint, WorkerId
-from diptych.core.kv_layout import KVLayout, LayerTransfer
+from diptych.core.kv_layout import LayerTransfer
 from diptych.core.ports import PageSource
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
 from diptych.transfer.digest import unit_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
+from diptych.transfer.nixl import TRANSPORTS
 from diptych.transfer.nixl_link import nixl_writer
 from diptych.transfer.pieces import Frame
 from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter, get
@@ -49,7 +50,7 @@ def introduce(
 ) -> tuple[frames.PushWelcome, PageWriter]:
     """Say who we are, and learn whom we write to, and how. Raises HandshakeError if we are not welcome."""
     layout = sources[0].layout
-    nixl = isinstance(endpoint, KVEndpoint) and endpoint.transport in ("nixl", "fastest")
+    nixl = isinstance(endpoint, KVEndpoint) and endpoint.transport in TRANSPORTS
     connection.send(frames.PushHello(WIRE_VERSION, identity.worker_id, layout, identity.model_digest, nixl))
     welcome = connection.receive(STALL_SECONDS)
     if isinstance(welcome, frames.Refused):
