@@ -85,6 +85,7 @@ def test_a_target_that_does_not_offer_it_opens_no_port(tmp_path: Path) -> None:
         claims = claims_for("r1", (1, 2))
         made.push_all(made.link(), claims, [1, 2])
         assert made.at_source.next() == LinkLost("decode-0", ("r1",))
+        made.receiver.close()
         assert made.receiver.book.counts["broken connection"] == 1
 
 
