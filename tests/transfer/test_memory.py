@@ -13,9 +13,10 @@ import pytest
 from diptych.core.errors import ConfigError, TransferError
 from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
 from diptych.transfer.memory import SharedMemory, map_memory
-from diptych.transfer.pieces import Piece
+from diptych.transfer.pieces import Frame, Piece
 from diptych.transfer.places import Places
-from diptych.transfer.writers import MappedWriter, get
+from diptych.transfer.streams import Stream
+from diptych.transfer.writers import MappedWriter
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, dtype="uint8", block_size=16)
 NUM_BLOCKS = 3
@@ -83,11 +84,13 @@ def test_a_file_that_could_shrink_is_not_mapped() -> None:
 def test_nothing_leaves_its_layer(span: tuple[int, int]) -> None:
     outside = Places(np.array([8, span[0]]), np.array([8, span[1]]))
     inside = Places(np.array([0]), np.array([outside.nbytes]))
+    source = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(b"s" * SIZE))
     target = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(mmap.mmap(-1, SIZE)))
-    scratch = memoryview(bytearray(outside.nbytes))
-    with pytest.raises(TransferError, match="leave a layer"):
-        get(outside, target.layer(0), scratch)
-    piece = Piece(inside, outside, (outside.nbytes,), are_long=False)
-    with pytest.raises(TransferError, match="leave a layer"):
-        MappedWriter([target]).write(LayerTransfer(0, 0, 0, ()), piece, [memoryview(b"s" * outside.nbytes)])
+    for staged in (None, memoryview(b"s" * outside.nbytes)):
+        piece = Piece(inside, outside, (outside.nbytes,), None, None)
+        with pytest.raises(TransferError, match="leave a layer"):
+            MappedWriter([target]).write(LayerTransfer(0, 0, 0, ()), piece, source.layer(0), staged)
+        piece = Piece(outside, inside, (outside.nbytes,), None, None)
+        with pytest.raises(TransferError, match="leave a layer"):
+            Stream().write(MappedWriter([target]), LayerTransfer(0, 0, 0, ()), Frame(0, (piece,)), source)
     assert not any(target.buffer)  # all or nothing

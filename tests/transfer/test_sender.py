@@ -30,7 +30,7 @@ from diptych.transfer import frames, sender, streams
 from diptych.transfer.memory import SharedMemory
 from diptych.transfer.pieces import Piece
 from diptych.transfer.sender import Identity, PushLink, WrapWriter
-from diptych.transfer.writers import Content, PageWriter
+from diptych.transfer.writers import PageWriter, Payload
 from diptych.wire.blocking import BlockingConnection, accept, listening_socket
 from diptych.wire.messages import WIRE_VERSION
 
@@ -336,10 +336,15 @@ class GatedWriter:
         self._writer = writer
         self.begun, self.may_go_on = threading.Event(), threading.Event()
 
-    def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
+    def needs_staging(self, piece: Piece) -> bool:
+        return self._writer.needs_staging(piece)
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
         self.begun.set()
         assert self.may_go_on.wait(20)
-        return self._writer.write(transfer, piece, content)
+        return self._writer.write(transfer, piece, layer, staged)
 
 
 @contextlib.contextmanager

@@ -89,9 +89,7 @@ def test_everything_at_once(pair: tuple[KVSource, KVTarget], layouts: tuple[KVLa
     target.release("s")
 
 
-def test_layer_by_layer_and_chunk_by_chunk(
-    pair: tuple[KVSource, KVTarget], layouts: tuple[KVLayout, KVLayout]
-) -> None:
+def test_layer_by_layer_and_chunk_by_chunk(pair: tuple[KVSource, KVTarget], layouts: tuple[KVLayout, KVLayout]) -> None:
     source, target = pair
     ours, theirs = layouts
     ranks = ranks_of(ours, ours.data_parallel - 1)

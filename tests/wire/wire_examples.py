@@ -50,14 +50,16 @@ TO_WORKER: list[messages.ToWorker] = [
     messages.Shutdown(),
 ]
 FROM_SOURCE: list[frames.FromSource] = [
-    frames.PushHello(1, "p0", "layout", "model"),
+    frames.PushHello(1, "p0", MANIFEST.layout, "model"),
+    frames.Join(b"link"),
     frames.Begin("r1", b"nonce", 3),
-    frames.Pages("r1", b"nonce", 3, 1, 4, bytes(range(16)), 256),
-    frames.Close("r1", b"nonce", 3, TOKEN, b"and this"),
+    frames.Pages("r1", b"nonce", 3, 1, 0, 4, bytes(range(16)), 256),
+    frames.Close("r1", b"nonce", 3, 5, TOKEN, b"and this"),
     frames.Stopped("r1", b"nonce"),
 ]
 FROM_TARGET: list[frames.FromTarget] = [
-    frames.PushWelcome(12),
+    frames.PushWelcome(MANIFEST.layout, 12, 1, b"link"),
+    frames.Refused("another model"),
     frames.Go("r1", b"nonce"),
     frames.Accepted("r1", b"nonce"),
     frames.Rejected("r1", b"nonce", "kv_corrupt", "pages of layer 1 are corrupt"),

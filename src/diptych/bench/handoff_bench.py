@@ -32,49 +32,66 @@ from diptych.bench.metrics import Fields
 from diptych.bench.report import fingerprint, number, table
 from diptych.core.blocks import BlockId
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.transfer.digest import layer_digests
+from diptych.transfer.digest import unit_digests
 from diptych.transfer.session import KVSource, KVTarget
 
 MIB = 1 << 20
 NUM_LAYERS = 8
-BLOCK_SIZE = 16
+EQUAL = "64 KiB pages, scattered"  # what re-sharded ones are held against
 SOCKET_BUFFER_BYTES = 128 << 10  # what iperf3 sends and receives at a time
 TIMEOUT = 60
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """How KV lies on both sides. 8 KV heads of 128 in bfloat16, and blocks of 16 tokens, make pages of 64 KiB."""
+
+    source: KVLayout
+    target: KVLayout
+    scattered: bool  # block tables
+
+
+def _layout(heads: int = 8, **cut: int) -> KVLayout:
+    sizes = {"num_layers": NUM_LAYERS, "head_dim": 128, "block_size": 16, **cut}
+    return KVLayout(num_kv_heads=heads, dtype="bfloat16", **sizes)
+
+
+WIDE, NARROW = _layout(), _layout(heads=2)
+SHAPES = {
+    "64 KiB pages, consecutive": Shape(WIDE, WIDE, scattered=False),
+    EQUAL: Shape(WIDE, WIDE, scattered=True),
+    "16 KiB pages, scattered": Shape(NARROW, NARROW, scattered=True),
+    "TP 4 -> 1, scattered": Shape(_layout(tensor_parallel=4), WIDE, scattered=True),
+    "TP 1 -> 4, scattered": Shape(WIDE, _layout(tensor_parallel=4), scattered=True),
+    "block 16 -> 32, scattered": Shape(WIDE, _layout(block_size=32), scattered=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
-    """One row. `page_kib`: bytes of one block in one layer (64: eight KV heads of 128 in bfloat16)."""
+    """One row: a shape, and how much moves."""
 
     mib: int
-    page_kib: int
-    scattered: bool
+    shape: str
     rounds: int
 
     @property
-    def num_blocks(self) -> int:
-        return self.mib * 1024 // (NUM_LAYERS * self.page_kib)
+    def layouts(self) -> Shape:
+        return SHAPES[self.shape]
 
     @property
-    def layout(self) -> KVLayout:
-        heads = self.page_kib // 8  # 2 (K and V) * 16 tokens * 128 * 2 bytes are 8 KiB
-        return KVLayout(
-            num_layers=NUM_LAYERS, num_kv_heads=heads, head_dim=128, dtype="bfloat16", block_size=BLOCK_SIZE
-        )
+    def num_tokens(self) -> int:
+        return self.mib * MIB // self.layouts.source.token_bytes
 
-    def table(self, seed: int) -> list[BlockId]:
+    def table(self, layout: KVLayout, seed: int) -> list[BlockId]:
         """A block table over all blocks of the memory."""
-        blocks = list(range(self.num_blocks))
-        if self.scattered:
+        blocks = list(range(self.num_tokens // layout.block_size))
+        if self.layouts.scattered:
             random.Random(seed).shuffle(blocks)
         return blocks
 
 
-CASES = tuple(
-    Case(mib, page_kib, scattered, rounds)
-    for mib, rounds in ((1, 61), (16, 31), (256, 9))
-    for page_kib, scattered in ((64, False), (64, True), (16, True))
-)
+CASES = tuple(Case(mib, shape, rounds) for mib, rounds in ((1, 61), (16, 31), (256, 9)) for shape in SHAPES)
 
 
 class WholeTable:
@@ -93,9 +110,14 @@ class WholeTable:
 
 def run_target(case: Case, key: bytes, directory: str, parent: Connection) -> None:
     """The other process: a target for sessions, and a sink for raw bytes."""
+    table = case.table(case.layouts.target, 2)
     with (
         KVTarget(
-            case.layout, case.num_blocks, key=key, address=f"unix:{directory}/kv", pool=WholeTable(case.table(2))
+            case.layouts.target,
+            len(table),
+            key=key,
+            address=f"unix:{directory}/kv",
+            pool=WholeTable(table),
         ) as target,
         socket.create_server(("127.0.0.1", 0)) as listener,
     ):
@@ -103,25 +125,27 @@ def run_target(case: Case, key: bytes, directory: str, parent: Connection) -> No
         parent.send(addresses)
         raw, _ = listener.accept()
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sink = memoryview(np.ones(case.mib * MIB, np.uint8))  # type: ignore[arg-type]
         with raw:
             while (order := parent.recv()) is not None:
-                _obey(order, target, case, raw, parent)
+                _obey(order, target, case, (raw, sink), parent)
 
 
-def _obey(order: str, target: KVTarget, case: Case, raw: socket.socket, parent: Connection) -> None:
+def _obey(order: str, target: KVTarget, case: Case, raw: tuple[socket.socket, memoryview], parent: Connection) -> None:
+    sock, sink = raw
     match order:
         case "expect":
-            parent.send(target.expect("bench", case.num_blocks * BLOCK_SIZE))
+            parent.send(target.expect("bench", case.num_tokens))
         case "pull":
             target.pull("bench", TIMEOUT)
             target.release("bench")
             parent.send(None)
         case "raw in place":
             parent.send(None)
-            _take(raw, target.memory.buffer, len(target.memory.buffer))
+            _take(sock, sink, len(sink))
         case "raw reused":
             parent.send(None)
-            _take(raw, memoryview(bytearray(SOCKET_BUFFER_BYTES)), len(target.memory.buffer))
+            _take(sock, memoryview(bytearray(SOCKET_BUFFER_BYTES)), len(sink))
 
 
 def _take(raw: socket.socket, buffer: memoryview, total: int) -> None:
@@ -140,11 +164,14 @@ class Bench:
         self._case = case
         self._child = child
         self._source = source
-        size = case.mib * MIB
+        size, layout = case.mib * MIB, case.layouts.source
         content = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
-        self._memory = KVMemory(case.layout, case.num_blocks, content.data)
+        self._table = case.table(layout, 1)
         self._copy_from, self._copy_to = content, np.ones(size, dtype=np.uint8)
-        self._table = case.table(1)
+        parts = np.split(content, layout.world_size)
+        ranks = [KVMemory(layout, len(self._table), part.data, rank) for rank, part in enumerate(parts)]
+        self._kv = ranks[0] if len(ranks) == 1 else ranks
+        self._unit_bytes = layout.block_bytes
         self._unix, self._tcp, port = child.recv()
         self._raw = socket.create_connection(("127.0.0.1", port))
         self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -171,18 +198,19 @@ class Bench:
 
     def _digest(self) -> float:
         """One of the two passes over every page that a hand-off makes."""
+        content = memoryview(self._copy_from)  # type: ignore[arg-type]
+        ends = range(self._unit_bytes, len(content) + 1, self._unit_bytes)
         start = time.perf_counter()
-        for layer in range(NUM_LAYERS):
-            layer_digests(self._memory, layer, self._table)
+        unit_digests([content], ends)
         return time.perf_counter() - start
 
     def _handoff(self, address: str) -> float:
         """From the first push until the target has accepted every page."""
         self._child.send("expect")
         ticket = self._child.recv()
-        session = self._source.create_session("bench", self._case.layout, ticket, address)
+        session = self._source.create_session("bench", self._case.layouts.source, ticket, address)
         start = time.perf_counter()
-        session.push(self._memory, blocks=self._table)
+        session.push(self._kv, blocks=self._table)
         session.close(0)
         session.wait(TIMEOUT)
         seconds = time.perf_counter() - start
@@ -194,7 +222,7 @@ class Bench:
         """The same number of bytes through a plain TCP socket, until the other end has them."""
         self._child.send(order)
         self._child.recv()
-        content = self._memory.buffer
+        content = memoryview(self._copy_from)  # type: ignore[arg-type]
         start = time.perf_counter()
         if buffer_bytes >= len(content):
             self._raw.sendall(content)

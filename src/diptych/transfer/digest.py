@@ -16,6 +16,11 @@ DIGEST_BYTES = 8
 _digest: Callable[[Any], bytes] = xxhash.xxh3_64_digest
 
 
+def span_digests(layer: memoryview, spans: Sequence[tuple[int, int]]) -> bytes:
+    """The digests of units that lie in one run each: (from, to) of every one."""
+    return b"".join([_digest(layer[start:stop]) for start, stop in spans])
+
+
 def unit_digests(content: Sequence[memoryview], ends: Sequence[int]) -> bytes:
     """The digests of units that lie one after the other in the buffers of `content`, as one stream; `ends` says
     where each of them ends there."""

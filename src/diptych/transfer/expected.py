@@ -11,18 +11,20 @@ from diptych.policy.resharding import head_pairs
 from diptych.transfer import frames
 from diptych.transfer.digest import DIGEST_BYTES
 from diptych.transfer.pieces import Units
-from diptych.transfer.places import Places, places_of
+from diptych.transfer.places import Places, Span, places_of
 
 MAX_PARTS = 4096  # remembered, whatever a source sends
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one frame brings: its part of a rank's layer, and where in that each unit ends."""
+    """What one frame brings: its part of a rank's layer, where in that each unit ends, and where in the layer each of
+    them lies, if that is in one run each."""
 
     rank: int
     places: Places
     unit_ends: list[int]
+    spans: list[Span] | None
 
 
 class Expected:
@@ -36,7 +38,7 @@ class Expected:
         self._units = [Units.of(source, claims.layout, pair, tokens) for pair in self._pairs]
         self._groups = self._units[0].groups if self._units else range(0)
         self._places: dict[int, Places] = {}
-        self._parts: dict[tuple[int, int, int], tuple[Places, list[int]]] = {}
+        self._parts: dict[tuple[int, int, int], tuple[Places, list[int], list[Span] | None]] = {}
         self._verified = bytearray(claims.layout.num_layers * len(self._pairs) * len(self._groups))
         self.num_missing = len(self._verified)
 
@@ -58,7 +60,8 @@ class Expected:
         known = self._parts.get(key)  # mostly: all layers are cut alike
         if known is None:
             places = self._places_of(frame.pair).part(units.end(first - 1), units.end(end - 1))
-            known = places, units.ends(range(first, end))
+            ends = units.ends(range(first, end))
+            known = places, ends, places.spans(ends)
             if len(self._parts) < MAX_PARTS:
                 self._parts[key] = known
         return Share(rank, *known)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import StrEnum
 
 from diptych.core.kv_layout import LayerTransfer
 from diptych.transfer.pieces import Piece
-from diptych.transfer.writers import Content, PageWriter
+from diptych.transfer.writers import PageWriter, Payload
 
 
 class Fault(StrEnum):
@@ -33,28 +34,29 @@ class FaultyWriter:
         self._writes = 0
         self.spoiled = 0
 
-    def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
+    def needs_staging(self, piece: Piece) -> bool:
+        return self._writer.needs_staging(piece)
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
         """As the wrapped writer, or worse."""
         with self._lock:
             fault = self._plan.get(self._writes)
             self._writes += 1
             if fault is None:
-                return self._writer.write(transfer, piece, content)
-            right = b"".join(content)
+                return self._writer.write(transfer, piece, layer, staged)
+            right = b"".join(piece.source.views(layer))
             wrong = self._spoil(right, piece.unit_ends, fault)
             self.spoiled += wrong != right
+        if not wrong:
+            return ()
         if len(wrong) < len(right):
-            return self._cut_short(transfer, piece, wrong)
-        return self._writer.write(transfer, piece, [memoryview(wrong)])
+            piece = replace(piece, target=piece.target.part(0, len(wrong)))
+        return self._writer.write(transfer, piece, layer, memoryview(wrong))
 
     def close(self) -> None:
         self._writer.close()
-
-    def _cut_short(self, transfer: LayerTransfer, piece: Piece, content: bytes) -> Content:
-        if not content:
-            return ()
-        part = Piece(piece.source, piece.target.part(0, len(content)), piece.unit_ends, piece.are_long)
-        return self._writer.write(transfer, part, [memoryview(content)])
 
     def _spoil(self, content: bytes, ends: tuple[int, ...], fault: Fault) -> bytes:
         units = [content[start:end] for start, end in zip((0, *ends), ends, strict=False)]

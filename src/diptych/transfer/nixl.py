@@ -34,7 +34,7 @@ from diptych.transfer import frames
 from diptych.transfer.frames import SCRATCH_BYTES
 from diptych.transfer.pieces import PIECE_BYTES, Piece
 from diptych.transfer.places import Numbers
-from diptych.transfer.writers import Content
+from diptych.transfer.writers import Payload
 from diptych.wire.blocking import STALL_SECONDS
 
 TRANSPORTS = frozenset({"nixl", "fastest"})  # KVEndpoint.transport: always, or if it is faster than frames
@@ -180,57 +180,61 @@ class NixlWriter:
         self._layer_bytes = welcome.num_blocks * welcome.layout.block_bytes
         self._memory = memory
         self._agent = Agent(f"source-{welcome.link.hex()}")
-        self._ours: list[tuple[int, int]] = []  # registered: first address, end
-        self._copies: queue.SimpleQueue[memoryview] = queue.SimpleQueue()  # registered too, and free
+        self._ours: list[tuple[int, int]] = []  # where the sources lie
+        self._copies: queue.SimpleQueue[memoryview] = queue.SimpleQueue()  # registered, and free
         self._keep: list[memoryview] = []
         for source in sources:
             self._register(source)
+            self._ours.append((address_of(source), address_of(source) + len(source)))
         self._agent.meet(memory.metadata)
 
-    def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
-        """Write now. The target's agent copies nothing; where UCX has TCP only, its progress thread does."""
+    def needs_staging(self, piece: Piece) -> bool:
+        """NIXL takes any number of ranges, but each of them costs about a microsecond."""
+        return not piece.source.are_long
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
+        """Write now; all of it is there when this returns."""
         piece.target.check(self._layer_bytes)
         layers = self._layout.layers_of(transfer.target_rank)
         if transfer.layer not in layers:
             raise TransferError(f"rank {transfer.target_rank} of the target has no layer {transfer.layer}")
-        layer = self._memory.bases[transfer.target_rank] + (transfer.layer - layers.start) * self._layer_bytes
-        self._send(content, layer + piece.target.starts, piece.target.lengths)
+        there = self._memory.bases[transfer.target_rank] + (transfer.layer - layers.start) * self._layer_bytes
+        theirs = there + piece.target.starts, piece.target.lengths
+        if staged is None and self._is_registered(layer):
+            ours = address_of(layer) + piece.source.starts, piece.source.lengths
+            self._agent.write(*descriptors(ours, theirs))
+        else:
+            self._write_copy(piece.source.views(layer) if staged is None else [staged], theirs)
         return ()
 
     def probe(self) -> None:
         """Write something of SCRATCH_BYTES to where it does no harm."""
-        content = self._free_copy(SCRATCH_BYTES)
-        starts, lengths = np.array([self._memory.scratch]), np.array([SCRATCH_BYTES])
-        try:
-            self._send([content[:SCRATCH_BYTES]], starts, lengths)
-        finally:
-            self._copies.put(content)
+        content = memoryview(bytes(SCRATCH_BYTES))
+        self._write_copy([content], (np.array([self._memory.scratch]), np.array([SCRATCH_BYTES])))
 
     def close(self) -> None:
         """No thread writes any more: end the agent."""
         self._agent.close()
         self._keep.clear()
 
-    def _send(self, content: Content, starts: Numbers, lengths: Numbers) -> None:
-        addresses = np.array([address_of(view) for view in content])
-        sizes = np.array([len(view) for view in content])
-        if all(self._is_registered(*run) for run in zip(addresses.tolist(), sizes.tolist(), strict=True)):
-            self._agent.write(*descriptors((addresses, sizes), (starts, lengths)))
-            return
-        nbytes = int(sizes.sum())
+    def _is_registered(self, layer: memoryview) -> bool:
+        first = address_of(layer)
+        return any(start <= first and first + len(layer) <= end for start, end in self._ours)
+
+    def _write_copy(self, content: Sequence[memoryview], theirs: tuple[Numbers, Numbers]) -> None:
+        """Write what does not lie in registered memory."""
+        nbytes = sum(map(len, content))
         copy = self._free_copy(nbytes)
         try:
             done = 0
-            for view in content:
-                copy[done : done + len(view)] = view
-                done += len(view)
-            whole = np.array([address_of(copy)]), np.array([nbytes])
-            self._agent.write(*descriptors(whole, (starts, lengths)))
+            for part in content:
+                copy[done : done + len(part)] = part
+                done += len(part)
+            self._agent.write(*descriptors((np.array([address_of(copy)]), np.array([nbytes])), theirs))
         finally:
             self._copies.put(copy)
-
-    def _is_registered(self, address: int, nbytes: int) -> bool:
-        return any(first <= address and address + nbytes <= end for first, end in self._ours)
 
     def _free_copy(self, nbytes: int) -> memoryview:
         """Registered memory of at least this size. (A smaller one is left alone; it goes with the agent.)"""
@@ -248,8 +252,6 @@ class NixlWriter:
     def _register(self, memory: memoryview) -> None:
         self._agent.register(memory)
         self._keep.append(memory)
-        first = address_of(memory)
-        self._ours.append((first, first + len(memory)))
 
 
 def descriptors(ours: tuple[Numbers, Numbers], theirs: tuple[Numbers, Numbers]) -> tuple[Descriptors, Descriptors]:

@@ -19,11 +19,10 @@ from diptych.core.fleet import Epoch
 from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
-from diptych.transfer.digest import unit_digests
+from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.expected import Share
 from diptych.transfer.incoming import Ending, Incoming, TicketBook
 from diptych.transfer.nixl import NixlTarget
-from diptych.transfer.writers import get, put
 from diptych.wire.blocking import BlockingConnection
 from diptych.wire.messages import WIRE_VERSION
 
@@ -288,24 +287,33 @@ class _Stream:
         nbytes = share.places.nbytes
         if not (self._mapped and frame.nbytes == 0 or self._inline and frame.nbytes == nbytes):
             raise TransferError(f"{frame.nbytes} bytes of payload for pages of {nbytes}")
-        if len(self._scratch) < share.places.nbytes and not share.places.are_long:
-            self._scratch = memoryview(bytearray(share.places.nbytes))
 
     def take(self, frame: frames.Pages, share: Share) -> bool:
         """Have the pages in memory. False if they are not what was sent."""
         layer, places = self._memories[share.rank].layer(frame.layer), share.places
         in_place = frame.nbytes == 0
-        if in_place:
-            content = get(places, layer, self._scratch)
-        elif places.are_long:
-            content = places.views(layer)
-            for view in content:
-                self.connection.receive_into(view)
-        else:
-            content = (self._scratch[: places.nbytes],)
-            self.connection.receive_into(content[0])
-        if unit_digests(content, share.unit_ends) != frame.digests:
-            return False
         if not in_place and not places.are_long:
-            put(content, places, layer)
-        return True
+            staged = self._room(places.nbytes)
+            self.connection.receive_into(staged)
+            intact = unit_digests([staged], share.unit_ends) == frame.digests
+            if intact:
+                places.scatter(staged, layer)
+            return intact
+        if not in_place:
+            self.connection.receive_scattered(places.views(layer))
+        return self._digests(layer, share) == frame.digests
+
+    def _digests(self, layer: memoryview, share: Share) -> bytes:
+        """Of pages that are in place."""
+        if share.spans is not None:
+            return span_digests(layer, share.spans)
+        if share.places.are_long:
+            return unit_digests(share.places.views(layer), share.unit_ends)
+        staged = self._room(share.places.nbytes)
+        share.places.gather(layer, staged)
+        return unit_digests([staged], share.unit_ends)
+
+    def _room(self, nbytes: int) -> memoryview:
+        if len(self._scratch) < nbytes:
+            self._scratch = memoryview(bytearray(nbytes))
+        return self._scratch[:nbytes]

@@ -20,7 +20,7 @@ import numpy as np
 from diptych.core.kv_layout import ByteRange, KVLayout, LayerTransfer, TransferPlan
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import HeadPair, head_pairs
-from diptych.transfer.places import LONG_RUN_BYTES, Numbers, Places
+from diptych.transfer.places import LONG_RUN_BYTES, Numbers, Places, Span
 
 FRAME_BYTES = 1 << 20
 PIECE_BYTES = 256 << 10
@@ -61,12 +61,17 @@ class Units:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Some units on their way: where they lie at the source and at the target, and where each of them ends."""
+    """Some units on their way: where they lie at the source and at the target, and where each of them ends.
+
+    `spans` is where each of them lies at the source, if that is in one run each. `copies` are the runs that are
+    contiguous on both sides (from, to at the source, from, to at the target), if they are long enough to be
+    copied one by one."""
 
     source: Places
     target: Places
     unit_ends: tuple[int, ...]
-    are_long: bool  # what is contiguous on both sides is long: go range by range
+    spans: list[Span] | None
+    copies: list[tuple[int, int, int, int]] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,19 +106,42 @@ class PairFrames:
     def _cut(self) -> list[Frame]:
         spans = [(span.source_offset, span.target_offset, span.length) for span in self._ranges]
         source, target, lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-        sides = Places(source, lengths), Places(target, lengths)
-        ends = np.cumsum(lengths)
-        return [self._frame(groups, sides, ends) for groups in self._parts]
+        whole = _Both(Places(source, lengths), Places(target, lengths), source, target, np.cumsum(lengths))
+        return [self._frame(groups, whole) for groups in self._parts]
 
-    def _frame(self, groups: range, sides: tuple[Places, Places], ends: Numbers) -> Frame:
+    def _frame(self, groups: range, whole: _Both) -> Frame:
         pieces = []
         for part in self._units.cut(groups, PIECE_BYTES):
             start, stop = self._units.end(part.start - 1), self._units.end(part.stop - 1)
-            source, target = (side.part(start, stop) for side in sides)
-            num_ranges = np.searchsorted(ends, stop) - np.searchsorted(ends, start, side="right") + 1
-            are_long = stop - start >= LONG_RUN_BYTES * num_ranges
-            pieces.append(Piece(source, target, tuple(self._units.ends(part)), bool(are_long)))
+            source, ends = whole.source.part(start, stop), self._units.ends(part)
+            target, copies = whole.target.part(start, stop), whole.copies(start, stop)
+            pieces.append(Piece(source, target, tuple(ends), source.spans(ends), copies))
         return Frame(groups.start, tuple(pieces))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Both:
+    """A pair's ranges as arrays: of each range, where it begins on both sides, and where it ends in the stream."""
+
+    source: Places
+    target: Places
+    source_starts: Numbers
+    target_starts: Numbers
+    ends: Numbers
+
+    def copies(self, start: int, stop: int) -> list[tuple[int, int, int, int]] | None:
+        """Bytes [start, stop) of the stream as contiguous copies; None if they are short."""
+        first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
+        if stop - start < LONG_RUN_BYTES * (last + 1 - first):
+            return None
+        ends = np.minimum(self.ends[first : last + 1], stop)
+        begins = np.concatenate(([start], ends[:-1]))
+        lengths = ends - begins
+        into = np.zeros_like(begins)  # the first range may have begun before
+        into[0] = start - (self.ends[first - 1] if first else 0)
+        ours, theirs = (starts[first : last + 1] + into for starts in (self.source_starts, self.target_starts))
+        columns = (ours, ours + lengths, theirs, theirs + lengths)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 class PlanFrames:

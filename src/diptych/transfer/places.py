@@ -6,6 +6,7 @@ ranges are arrays here; short ones are moved as rows of their largest common siz
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy.typing as npt
 from diptych.core.errors import TransferError
 from diptych.core.kv_layout import SequenceKV
 
-LONG_RUN_BYTES = 16 << 10  # from here on, a Python loop over ranges is faster than moving every byte twice
+LONG_RUN_BYTES = 16 << 10  # from here on, a Python loop over runs is faster than moving every byte twice
 
 Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
+Span = tuple[int, int]  # from, to
 
 
 class Places:
@@ -29,20 +31,38 @@ class Places:
 
     def __init__(self, starts: Numbers, lengths: Numbers) -> None:
         fresh = np.ones(len(starts), dtype=bool)
-        fresh[1:] = starts[1:] != starts[:-1] + lengths[:-1]
-        self.starts: Numbers = starts[fresh]
-        self.lengths: Numbers = np.add.reduceat(lengths, np.flatnonzero(fresh)) if len(lengths) else lengths
-        self.ends: Numbers = np.cumsum(self.lengths)  # of the runs, in the stream
+        np.not_equal(starts[1:], starts[:-1] + lengths[:-1], out=fresh[1:])
+        if not fresh.all():
+            starts, lengths = starts[fresh], np.add.reduceat(lengths, np.flatnonzero(fresh))
+        self.starts, self.lengths = starts, lengths
+        self.ends: Numbers = np.cumsum(lengths)  # of the runs, in the stream
+        self.nbytes = int(self.ends[-1]) if len(starts) else 0
+        self._extent = (int(starts.min()), int((starts + lengths).max())) if len(starts) else (0, 0)
         self._rows: tuple[int, Any, Numbers] | None = None
 
     @property
-    def nbytes(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+    def is_one(self) -> bool:
+        """Whether all of it is one run."""
+        return len(self.starts) == 1
 
     @property
     def are_long(self) -> bool:
         """Few enough runs to go through them one by one."""
-        return len(self.starts) == 1 or self.nbytes >= LONG_RUN_BYTES * len(self.starts)
+        return self.is_one or self.nbytes >= LONG_RUN_BYTES * len(self.starts)
+
+    @functools.cached_property
+    def runs(self) -> list[Span]:
+        return list(zip(self.starts.tolist(), (self.starts + self.lengths).tolist(), strict=True))
+
+    def spans(self, ends: Sequence[int]) -> list[Span] | None:
+        """Where the units lie that end at `ends` of the stream; None if one of them is not in one run."""
+        stops = np.asarray(ends, dtype=np.int64)
+        begins = np.concatenate(([0], stops[:-1]))
+        runs = np.searchsorted(self.ends, begins, side="right")
+        if (self.ends[runs] < stops).any():
+            return None
+        starts = self.starts[runs] + begins - (self.ends[runs] - self.lengths[runs])
+        return list(zip(starts.tolist(), (starts + stops - begins).tolist(), strict=True))
 
     def part(self, start: int, stop: int) -> Places:
         """Bytes [start, stop) of the stream."""
@@ -56,13 +76,13 @@ class Places:
 
     def check(self, nbytes: int) -> None:
         """Raises TransferError unless all of it lies within a layer of so many bytes."""
-        if len(self.starts) and (self.starts.min() < 0 or (self.starts + self.lengths).max() > nbytes):
-            raise TransferError(f"ranges leave a layer of {nbytes} bytes")
+        first, last = self._extent
+        if first < 0 or last > nbytes:
+            raise TransferError(f"bytes {first} to {last} leave a layer of {nbytes}")
 
     def views(self, layer: memoryview) -> list[memoryview]:
         """The runs, where they are."""
-        runs = zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
-        return [layer[start : start + length] for start, length in runs]
+        return [layer[start:stop] for start, stop in self.runs]
 
     def gather(self, layer: memoryview, into: memoryview) -> None:
         """Copy the stream out of a layer. (`into` has its size.)"""
@@ -112,8 +132,3 @@ def places_of(kv: SequenceKV, heads: range, tokens: range, other_block_size: int
     )
     lengths = np.repeat(counts * layout.vector_bytes, len(pieces))
     return Places((runs[:, None] + pieces).reshape(-1), lengths)
-
-
-def joined(parts: Sequence[memoryview]) -> memoryview:
-    """The stream in one buffer: itself if it is one, or a copy."""
-    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))

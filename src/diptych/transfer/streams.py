@@ -12,13 +12,13 @@ from diptych.core.kv_layout import LayerTransfer
 from diptych.core.ports import PageSource
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
-from diptych.transfer.digest import unit_digests
+from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
 from diptych.transfer.nixl import TRANSPORTS
 from diptych.transfer.nixl_link import nixl_writer
-from diptych.transfer.pieces import Frame
-from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter, get
+from diptych.transfer.pieces import Frame, Piece
+from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter
 from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
@@ -104,14 +104,33 @@ class Stream:
     ) -> tuple[bytes, list[memoryview]]:
         """Move one frame's pages; returns the digests of its units, and the bytes for the frame itself."""
         layer = source.layer(transfer.layer)
-        if len(self._scratch) < frame.nbytes:
-            self._scratch = memoryview(bytearray(frame.nbytes))
-        scratch, digests, payload = self._scratch, [], []
+        digests: list[bytes] = []
+        payload: list[memoryview] = []
+        room = 0
         for piece in frame.pieces:
-            content = get(piece.source, layer, scratch, few=piece.are_long)
-            inline = writer.write(transfer, piece, content)
-            digests.append(unit_digests(content, piece.unit_ends))
-            payload += inline
+            piece.source.check(len(layer))
+            staged = None
+            if writer.needs_staging(piece):
+                staged = self._stage(piece, layer, room, frame.nbytes)
+            inline = writer.write(transfer, piece, layer, staged)
+            digests.append(_digests(piece, layer, staged))  # after the copy, which has brought it into the cache
             if inline:
-                scratch = scratch[piece.source.nbytes :]
+                payload += inline
+                room += piece.source.nbytes
         return b"".join(digests), payload
+
+    def _stage(self, piece: Piece, layer: memoryview, room: int, frame_bytes: int) -> memoryview:
+        """Gather a piece into the scratch memory, after what is still to be sent from there."""
+        if len(self._scratch) < frame_bytes:
+            self._scratch = memoryview(bytearray(frame_bytes))
+        staged = self._scratch[room : room + piece.source.nbytes]
+        piece.source.gather(layer, staged)
+        return staged
+
+
+def _digests(piece: Piece, layer: memoryview, staged: memoryview | None) -> bytes:
+    if staged is not None:
+        return unit_digests([staged], piece.unit_ends)
+    if piece.spans is not None:
+        return span_digests(layer, piece.spans)
+    return unit_digests(piece.source.views(layer), piece.unit_ends)

@@ -9,18 +9,24 @@ import numpy as np
 
 from diptych.core.kv_layout import KVMemory, LayerTransfer
 from diptych.transfer.pieces import Piece
-from diptych.transfer.places import Places
 
-Content = Sequence[memoryview]  # a piece's bytes, in logical order
+Payload = Sequence[memoryview]
 
 
 class PageWriter(Protocol):
     """The seam where `transfer.faulty` spoils pages on purpose."""
 
-    def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
-        """Move one piece. Returns the bytes that must travel in the frame itself: all of them over TCP, none
-        with mapped memory (already in place when this returns). Raises TransferError, having written
-        nothing, if the piece does not lie within the target's memory."""
+    def needs_staging(self, piece: Piece) -> bool:
+        """Whether a piece has to be gathered first, since its bytes are too scattered to go from place to place."""
+        ...
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
+        """Move one piece: out of the source's `layer`, or what was `staged` of it. Returns the bytes that must travel
+        in the frame itself: all of them over TCP, none with mapped memory (already in place when this
+        returns). Raises TransferError, having written nothing, if the piece does not lie within the
+        target's memory."""
         ...
 
     def close(self) -> None:
@@ -34,11 +40,26 @@ class MappedWriter:
     def __init__(self, memories: Sequence[KVMemory]) -> None:
         self._memories = memories
 
-    def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
+    def needs_staging(self, piece: Piece) -> bool:
+        one_sided = piece.source.is_one or (piece.target.is_one and piece.spans is not None)
+        return piece.copies is None and not one_sided
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
         """Copy now."""
-        layer = self._memories[transfer.target_rank].layer(transfer.layer)
-        piece.target.check(len(layer))
-        put(content, piece.target, layer)
+        there = self._memories[transfer.target_rank].layer(transfer.layer)
+        piece.target.check(len(there))
+        if staged is not None:
+            piece.target.scatter(staged, there)
+        elif piece.copies is not None:
+            source, target = np.frombuffer(layer, np.uint8), np.frombuffer(there, np.uint8)
+            for start, stop, begin, end in piece.copies:  # numpy lets other threads run while it copies
+                target[begin:end] = source[start:stop]
+        elif piece.source.is_one:
+            piece.target.scatter(piece.source.views(layer)[0], there)
+        else:
+            piece.source.gather(layer, piece.target.views(there)[0])
         return ()
 
     def close(self) -> None:
@@ -49,35 +70,14 @@ class InlineWriter:
     """Into the frame: the bytes follow the message, sent straight out of the source's memory if they lie
     there in long runs."""
 
-    def write(self, transfer: LayerTransfer, piece: Piece, content: Content) -> Content:
-        return content
+    def needs_staging(self, piece: Piece) -> bool:
+        return not piece.source.are_long
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
+        """What to send, in logical order."""
+        return piece.source.views(layer) if staged is None else (staged,)
 
     def close(self) -> None:
         """There is nothing to end."""
-
-
-def get(places: Places, layer: memoryview, scratch: memoryview, *, few: bool = True) -> Content:
-    """A stream's bytes: where they are, if that is in few runs, or gathered in `scratch`. Raises TransferError
-    if they leave the layer."""
-    places.check(len(layer))
-    if few and places.are_long or len(places.starts) == 1:
-        return places.views(layer)
-    places.gather(layer, scratch[: places.nbytes])
-    return (scratch[: places.nbytes],)
-
-
-def put(content: Content, places: Places, layer: memoryview) -> None:
-    """Copy a stream's bytes to their places."""
-    if len(content) == 1 and not places.are_long:
-        places.scatter(content[0], layer)
-        return
-    parts = iter(content)
-    rest = np.frombuffer(b"", np.uint8)
-    for view in places.views(layer):
-        there, done = np.frombuffer(view, np.uint8), 0
-        while done < len(there):
-            if not len(rest):
-                rest = np.frombuffer(next(parts), np.uint8)
-            count = min(len(rest), len(there) - done)
-            there[done : done + count] = rest[:count]  # numpy lets other threads run while it copies
-            rest, done = rest[count:], done + count

@@ -56,11 +56,7 @@ class BlockingConnection(Generic[T]):
 
     def _send_all(self, buffers: list[memoryview]) -> None:
         while buffers:
-            sent = self._socket.sendmsg(buffers)
-            while buffers and sent >= len(buffers[0]):
-                sent -= len(buffers.pop(0))
-            if buffers and sent:
-                buffers[0] = buffers[0][sent:]
+            _skip(buffers, self._socket.sendmsg(buffers))
 
     def receive(self, seconds: float | None = None) -> T | None:
         """The next message; None when the peer has closed its end. Waits for as long as it takes, or
@@ -92,6 +88,20 @@ class BlockingConnection(Generic[T]):
                 raise ProtocolError("the connection ended in the middle of a message")
             done += received
         return True
+
+    def receive_scattered(self, buffers: Sequence[memoryview]) -> None:
+        """Fill all buffers, in order, with what comes next."""
+        if isinstance(self._socket, TlsStream):
+            for buffer in buffers:
+                self.receive_into(buffer)
+            return
+        for start in range(0, len(buffers), _MAX_BUFFERS):
+            part = list(buffers[start : start + _MAX_BUFFERS])
+            while part:
+                received = self._socket.recvmsg_into(part)[0]
+                if received == 0:
+                    raise ProtocolError("the connection ended in the middle of a message")
+                _skip(part, received)
 
     def drain(self) -> None:
         """Skip everything until the peer closes its end, for as long as that takes."""
@@ -147,6 +157,17 @@ def _keep_alive(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _skip(buffers: list[memoryview], nbytes: int) -> None:
+    """So many bytes of the buffers, from the first one on, are done with."""
+    done = 0
+    while done < len(buffers) and nbytes >= len(buffers[done]):
+        nbytes -= len(buffers[done])
+        done += 1
+    del buffers[:done]
+    if nbytes:
+        buffers[0] = buffers[0][nbytes:]
 
 
 def _blocking(sock: socket.socket) -> socket.socket:
