@@ -346,6 +346,9 @@ class GatedWriter:
         assert self.may_go_on.wait(20)
         return self._writer.write(transfer, piece, layer, staged)
 
+    def close(self) -> None:
+        self._writer.close()
+
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[tuple[Encounter, GatedWriter, TicketClaims]]:
