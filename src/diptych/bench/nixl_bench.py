@@ -254,7 +254,8 @@ def iperf3() -> float | None:
         return None
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    with subprocess.Popen([program, "-s", "-1", "-p", port, "--forceflush"], stdout=subprocess.PIPE, text=True) as server:
+    listening = [program, "-s", "-1", "-p", port, "--forceflush"]
+    with subprocess.Popen(listening, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         while "listening" not in server.stdout.readline():
             pass

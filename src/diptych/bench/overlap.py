@@ -153,7 +153,7 @@ async def _fleet(plan: Plan, directory: Path) -> AsyncIterator[Conductor]:
     key = secrets.token_bytes(32)
     conductor = Conductor()
     listener = await listen(f"unix:{directory}/router.sock", key, conductor.on_channel, messages.FromWorker)
-    prefill_cpu, decode_cpu = place(2, sorted(os.sched_getaffinity(0)))
+    prefill_cpu, decode_cpu = place((1, 1), sorted(os.sched_getaffinity(0)))
     common = WorkerSettings(
         worker_id=PREFILL,
         role=Role.PREFILL,

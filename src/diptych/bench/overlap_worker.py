@@ -27,6 +27,8 @@ from diptych.worker.main import run_worker
 
 SCRIPTED_LAYERS = 8
 
+_Closed = tuple[incoming.Incoming | None, incoming.Ending | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Records:
@@ -84,16 +86,23 @@ def timed_book(records: Records) -> type[incoming.TicketBook]:
     """A receiver's book of tickets that records what was verified, and when a hand-off was complete."""
 
     class TimedBook(incoming.TicketBook):
-        def mark(self, ticket: incoming.Incoming, pages: frames.Pages) -> None:
-            super().mark(ticket, pages)
-            where = {"layer": pages.layer, "first_block": pages.first_block, "num_blocks": pages.num_blocks}
-            records.verified.append({"request": pages.request_id, "time": time.monotonic(), **where})
+        def mark(self, ticket: incoming.Incoming, frame: frames.Pages) -> None:
+            super().mark(ticket, frame)
+            # Between equal layouts, a group is a block.
+            where = {"layer": frame.layer, "first_block": frame.first_group, "num_blocks": frame.num_groups}
+            records.verified.append({"request": frame.request_id, "time": time.monotonic(), **where})
 
-        def close(self, ticket: incoming.Incoming) -> bool:
-            complete = super().close(ticket)
-            if complete:
+        def leave(self, ticket: incoming.Incoming) -> incoming.Ending | None:
+            return self._noted(ticket, super().leave(ticket))
+
+        def close(self, frame: frames.Close, writer: incoming.Writer) -> _Closed:
+            ticket, ending = super().close(frame, writer)
+            return ticket, self._noted(ticket, ending)
+
+        def _noted(self, ticket: incoming.Incoming | None, ending: incoming.Ending | None) -> incoming.Ending | None:
+            if ticket is not None and ending is incoming.Ending.COMPLETE:
                 records.complete[ticket.claims.request_id] = time.monotonic()
-            return complete
+            return ending
 
     return TimedBook
 
@@ -103,7 +112,7 @@ def run(settings: WorkerSettings, path: Path) -> None:
     if settings.cpu.cores:
         os.sched_setaffinity(0, settings.cpu.cores)
     records = Records([], [], {})
-    receiver.TicketBook = timed_book(records)  # type: ignore[misc]
+    receiver.TicketBook = timed_book(records)  # type: ignore[misc]  # the probe
     asyncio.run(run_worker(settings, lambda _: TimedEngine(_load(settings), records, path)))
 
 

@@ -141,6 +141,9 @@ class Peer:
         except (PeerError, OSError) as error:
             self._book.count("broken connection")
             log.warning("data connection of %s ended: %s", self.name, error)
+        except Exception:  # a bug: still, nobody may wait for a thread that is gone
+            self._book.count("broken connection")
+            log.exception("data connection of %s broke", self.name)
         return self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> bool:

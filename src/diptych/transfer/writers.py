@@ -54,8 +54,8 @@ class MappedWriter:
             piece.target.scatter(staged, there)
         elif piece.copies is not None:
             source, target = np.frombuffer(layer, np.uint8), np.frombuffer(there, np.uint8)
-            for start, stop, begin, end in piece.copies:  # numpy lets other threads run while it copies
-                target[begin:end] = source[start:stop]
+            for copy in piece.copies:
+                copy.carry_out(source, target)
         elif piece.source.is_one:
             piece.target.scatter(piece.source.views(layer)[0], there)
         else:
