@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test check bench bench-handoff bench-overlap bench-survival docs clean
+.PHONY: serve test test-parallel check bench bench-handoff bench-overlap bench-survival docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -16,6 +16,9 @@ serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefil
 
 test: $(VENV)/dev.stamp  ## the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-parallel: $(VENV)/dev.stamp  ## every cut of a model, with its rank processes (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/dev.stamp  ## lint, types, import directions
 	$(BIN)/ruff check .

@@ -193,3 +193,28 @@ def test_an_empty_batch_is_no_work(ranks: Ranks) -> None:
 def test_all_cuts_serve_the_same_model(ranks: Ranks) -> None:
     alone = TorchEngine.load(ranks.model)
     assert ranks.engine.model == alone.model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "parallel"),
+    [
+        ("llama", ParallelSettings(tensor=2)),
+        ("yarn", ParallelSettings(pipeline=2)),
+        ("qwen3moe", ParallelSettings(data=2, expert=2)),
+    ],
+)
+def test_bfloat16_stays_close_to_one_rank(family: str, parallel: ParallelSettings) -> None:
+    """On average: rounding sends some tokens to another expert of nearly the same weight."""
+    everything = SamplingParams(temperature=0.0, logprobs=509)
+    prompt = random_prompt(100)
+    logprobs = []
+    with started(family, parallel, dtype="bfloat16") as ranks:
+        for harness in (ParallelHarness(ranks), Harness(family, dtype="bfloat16")):
+            sequence = harness.sequence(prompt, everything)
+            assert harness.step((sequence, 60)) == [None]
+            (token,) = harness.step((sequence, 40))
+            assert token is not None
+            found = dict(token.top_logprobs)
+            logprobs.append(torch.tensor([found[index] for index in range(509)]))
+    assert (logprobs[0] - logprobs[1]).abs().mean() < 0.2 < logprobs[0].std()

@@ -34,7 +34,10 @@ def shards(served: Checkpoint, **parallel: int) -> list[Shard]:
 
 
 @given(
-    tensor=st.sampled_from([1, 2, 4, 8]), pipeline=st.integers(1, 3), data=st.sampled_from([1, 2, 4]), spread=st.booleans()
+    tensor=st.sampled_from([1, 2, 4, 8]),
+    pipeline=st.integers(1, 3),
+    data=st.sampled_from([1, 2, 4]),
+    spread=st.booleans(),
 )
 def test_every_part_is_held_as_often_as_it_should_be(tensor: int, pipeline: int, data: int, spread: bool) -> None:
     expert = tensor * data if spread else 1

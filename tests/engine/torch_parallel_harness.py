@@ -40,7 +40,9 @@ def started(model: str | Path, parallel: ParallelSettings, dtype: str = "auto") 
         segments.append(SharedMemory(nbytes))
         return segments[-1]
 
-    with contextlib.closing(ParallelEngine.load(EngineSettings(model=str(path), dtype=dtype, parallel=parallel))) as engine:
+    with contextlib.closing(
+        ParallelEngine.load(EngineSettings(model=str(path), dtype=dtype, parallel=parallel))
+    ) as engine:
         yield Ranks(path, engine, engine.allocate_kv(NUM_BLOCKS, allocate))
     for segment in segments:
         with contextlib.suppress(BufferError):  # a test may still hold a view

@@ -37,7 +37,7 @@ ALL: list[Case] = [
     (SPARSE, "pp2", "dp2 ep2", "shm"),
     (SPARSE, "tp2 ep2", "dp2 ep2", "tcp"),
     (SPARSE, "dp2 ep2", "tp4 ep4", "shm"),
-    (SPARSE, "tp2 pp2 block32", "dp2 tp2 ep4", "tcp"),
+    (SPARSE, "tp2 pp2 block32", "tp2 dp2 ep4", "tcp"),
 ]
 
 

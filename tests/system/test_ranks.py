@@ -17,10 +17,8 @@ Pair = tuple[str, str, str]  # prefill worker, decode worker, transport
 SLICE: list[Pair] = [
     ("tp4", "tp1", "shm"),
     ("tp1 block32", "tp4", "tcp"),
-    ("tp2", "tp4 block32", "shm"),
-    ("pp2", "tp2", "tcp"),
+    ("pp2", "tp2 block32", "tcp"),
     ("tp4 ep4", "dp4 ep4", "shm"),
-    ("dp2 block32", "pp2", "tcp"),
 ]
 ALL: list[Pair] = [
     *(
@@ -31,9 +29,10 @@ ALL: list[Pair] = [
     *((f"tp{ours} block16", f"tp{theirs} block32", "shm") for ours, theirs in product((1, 2, 4), (1, 2, 4))),
     ("pp2", "tp2", "shm"),
     ("tp2", "pp2", "shm"),
+    ("dp2 block32", "pp2", "tcp"),
     ("tp4 ep4", "dp4 ep4", "tcp"),
     ("dp4 ep4", "tp4 ep4", "shm"),
-    ("tp2 pp2", "dp2 tp2 ep4", "tcp"),
+    ("tp2 pp2", "tp2 dp2 ep4", "tcp"),
 ]
 
 

@@ -57,7 +57,9 @@ def check(server: Server, cuts: Cuts, prompts: list[list[int]], right: list[list
 
 
 @pytest.mark.parametrize(
-    "cuts", [Cuts("tp4 ep4", "dp4 ep4"), Cuts("tp4", "tp4 block32")], ids=["tp4 to dp4", "tp4 to tp4"]
+    "cuts",
+    [Cuts("tp4 ep4", "dp4 ep4 block32"), pytest.param(Cuts("tp4", "tp4"), marks=pytest.mark.slow)],
+    ids=["tp4 to dp4", "tp4 to tp4"],
 )
 def test_four_ranks_hand_over_to_four_ranks(cuts: Cuts, tmp_path: Path) -> None:
     chance = random.Random(5)

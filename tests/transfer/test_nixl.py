@@ -301,4 +301,4 @@ def pair(sources: Sequence[memoryview]) -> Iterator[tuple[KVMemory, NixlWriter]]
 
 
 def piece_of(source: Places, target: Places) -> Piece:
-    return Piece(source, target, (source.nbytes,), None, None)
+    return Piece(0, source, target, [source.nbytes], None, None)

@@ -214,7 +214,11 @@ def _write(results: Fields, out: Path) -> None:
     draw_overlap(results["torch"], out / "overlap.png")
     report = markdown(results)
     (out / "overlap.md").write_text(report, encoding="utf-8")
-    (out / "overlap.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    brief = {
+        engine: [{name: run[name] for name in run if name not in ("chunks", "decodes")} for run in results[engine]]
+        for engine in ("torch", "scripted")
+    }
+    (out / "overlap.json").write_text(json.dumps({**results, **brief}, indent=2) + "\n", encoding="utf-8")
     print(report)
 
 

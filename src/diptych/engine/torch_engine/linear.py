@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 Project = Callable[[Tensor], Tensor]
 
 

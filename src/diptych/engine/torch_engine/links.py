@@ -41,11 +41,12 @@ ALONE = Links()
 
 
 def connect(shard: Shard, rendezvous: str, device: torch.device) -> Links:
-    """Meet all other ranks of the worker at `rendezvous`, the path of a file that does not exist yet."""
+    """Meet all other ranks of the worker at `rendezvous`, the path of a file that does not exist yet, and is not
+    needed any more afterwards."""
     layout, rank = shard.layout, shard.rank
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(rendezvous, layout.world_size),
+        store=dist.FileStore(rendezvous, layout.world_size),  # type: ignore[attr-defined]
         rank=rank,
         world_size=layout.world_size,
         timeout=PATIENCE,
@@ -53,13 +54,31 @@ def connect(shard: Shard, rendezvous: str, device: torch.device) -> Links:
     )
     tensor = _group(rank, _tensor_groups(layout)) if layout.tensor_parallel > 1 else None
     column = _group(rank, _columns(layout)) if layout.data_parallel > 1 and shard.spreads_experts else None
-    return Links(
+    links = Links(
         add_up=None if tensor is None else tensor.add_up,
         gather=None if tensor is None else _Head(tensor, shard.config.vocab_size).gather,
         exchange=None if column is None else column.exchange,
         receive=None if shard.is_first else Neighbour(rank - layout.tensor_parallel).receive,
         send=None if shard.is_last else Neighbour(rank + layout.tensor_parallel).send,
     )
+    _try_out(links, shard, device)
+    return links
+
+
+def _try_out(links: Links, shard: Shard, device: torch.device) -> None:
+    """Use everything once: NCCL connects only then, and needs the rendezvous for it."""
+    number = torch.zeros(1, 1, device=device)
+    if links.receive is not None:
+        links.receive(number)
+    if links.add_up is not None:
+        links.add_up(number)
+    if links.gather is not None:
+        links.gather(torch.zeros(1, len(shard.vocabulary), device=device))
+    if links.exchange is not None:
+        one_each = [1] * shard.layout.data_parallel
+        links.exchange(torch.zeros(len(one_each), 1, device=device), one_each, one_each)
+    if links.send is not None:
+        links.send(number)
 
 
 def _tensor_groups(layout: KVLayout) -> Iterable[list[int]]:
@@ -75,16 +94,16 @@ def _columns(layout: KVLayout) -> Iterable[list[int]]:
 
 def _group(rank: int, groups: Iterable[list[int]]) -> Group:
     """The one that has `rank` in it. All ranks must make all groups, in the same order."""
-    made = [(ranks, dist.new_group(ranks, timeout=PATIENCE)) for ranks in groups]
-    return next(Group(ranks, group) for ranks, group in made if rank in ranks)
+    return next(group for group in list(map(Group, groups)) if rank in group.ranks)
 
 
 class Group:
     """Ranks that compute together."""
 
-    def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
+    def __init__(self, ranks: list[int]) -> None:
         self.ranks = ranks
-        self.group = group
+        everybody = len(ranks) == dist.get_world_size()  # there is a group of them already
+        self.group = dist.group.WORLD if everybody else dist.new_group(ranks, timeout=PATIENCE)
 
     def add_up(self, partial: Tensor) -> Tensor:
         """The sum over all ranks, in `partial`. Every rank gets the same bits."""

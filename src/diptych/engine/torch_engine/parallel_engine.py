@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diptych.core.errors import ConfigError, EngineCorrupt, EngineLost, ProtocolError, ServingError
 from diptych.core.fleet import ModelInfo
-from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.kv_layout import KVMemory
 from diptych.core.ports import AllocateKV, OnLayer
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
@@ -56,7 +57,7 @@ class ParallelEngine:
         shards = [Shard(checkpoint.config, layout, rank) for rank in range(layout.world_size)]
         ranks = RankProcesses(layout.world_size)
         try:
-            digest = _start(ranks, settings, cores, on_progress)
+            digest = _start(ranks, replace(settings, model=str(checkpoint.directory)), cores, on_progress)
         except BaseException:
             ranks.close()
             raise
@@ -78,7 +79,7 @@ class ParallelEngine:
             self._ranks.send(shard.rank, messages.TakeKV(num_blocks, nbytes), content.descriptor)
             memories.append(KVMemory(self.layout, num_blocks, content.buffer, shard.rank))
         for _ in self._shards:
-            self._ranks.receive()
+            self._ranks.receive()  # KVTaken
         self._has_kv = True
         return tuple(memories)
 
@@ -166,11 +167,8 @@ class _Step:
             self._next_layer += 1
 
 
-def _start(
-    ranks: RankProcesses, settings: EngineSettings, cores: Sequence[int], on_progress: OnProgress | None
-) -> str:
-    """Have all ranks load. Returns the model's digest."""
-    # TemporaryDirectory is readable to its owner only.
+def _start(ranks: RankProcesses, settings: EngineSettings, cores: Sequence[int], on_progress: OnProgress | None) -> str:
+    """Have all ranks load, and meet in a directory that only this user can read. Returns the model's digest."""
     with tempfile.TemporaryDirectory(prefix="diptych-") as directory:
         rendezvous = str(Path(directory) / "ranks")
         for rank in range(settings.parallel.world_size):

@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ def main() -> None:
     except DiptychError as error:
         _last_word(leader, messages.Failed(error.code, error.message))
     except Exception as error:  # the edge of the process; without this rank the others cannot go on either
+        traceback.print_exc()
         _last_word(leader, messages.Failed("engine_lost", f"{type(error).__name__}: {error}"))
     os._exit(1)  # the links to other ranks may be in any state, and would wait for each other
 

@@ -11,8 +11,8 @@ from diptych.core.settings import EngineSettings
 MAX_MESSAGE_BYTES = 64 << 20  # whole prompts travel in one
 
 
-class Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
-    """Told apart by their names."""
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages: the class name is the tag."""
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,7 +32,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # to a rank
 
 
-class Start(Message):
+class Start(Message, frozen=True):
     """The first message. `cores` to be pinned to, if any; `rendezvous` is where ranks meet each other."""
 
     rank: int
@@ -41,61 +41,61 @@ class Start(Message):
     rendezvous: str
 
 
-class TakeKV(Message):
-    """KV memory of `nbytes` bytes. On the CPU its descriptor follows."""
+class TakeKV(Message, frozen=True):
+    """KV memory of `nbytes` bytes. Its descriptor follows."""
 
     num_blocks: int
     nbytes: int
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     """The rows of the rank's data-parallel rank, maybe none: every rank takes part in every step."""
 
     rows: list[Row]
     reports_layers: bool
 
 
-class Forget(Message):
+class Forget(Message, frozen=True):
     request_id: str
 
 
 # from a rank
 
 
-class Loading(Message):
+class Loading(Message, frozen=True):
     done: int
     total: int
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The model is loaded, and all ranks have met. `digest` of the model, from rank 0 only."""
 
     digest: str | None
 
 
-class KVTaken(Message):
+class KVTaken(Message, frozen=True):
     """The answer to TakeKV."""
 
 
-class LayerDone(Message):
+class LayerDone(Message, frozen=True):
     """KV of a layer, by its number in the model, is written for all rows that the rank was given."""
 
     layer: int
 
 
-class StepDone(Message):
+class StepDone(Message, frozen=True):
     """One entry per row where the rank chooses tokens; nothing from the others."""
 
     samples: list[SampledToken | None]
 
 
-class StepCorrupt(Message):
+class StepCorrupt(Message, frozen=True):
     """All is computed, but the logits of these requests are not finite."""
 
     request_ids: list[str]
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The rank's last word. `code` as in `core.errors`."""
 
     code: str

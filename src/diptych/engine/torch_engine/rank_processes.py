@@ -12,13 +12,13 @@ import time
 
 from diptych.core.errors import CheckpointError, ConfigError, DiptychError, EngineLost, ProtocolError
 from diptych.engine.threads import thread_environment
-from diptych.engine.torch_engine.rank_messages import MAX_MESSAGE_BYTES, Failed, FromRank, Message
+from diptych.engine.torch_engine.rank_messages import MAX_MESSAGE_BYTES, Failed, FromRank, ToRank
 from diptych.wire.blocking import BlockingConnection, socket_pair
 
 COMMAND = (sys.executable, "-m", "diptych.engine.torch_engine.rank")
 # Ranks of a worker meet on this host only, whatever its name resolves to.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-GRACE = 5.0  # seconds for a rank to end by itself
+GRACE = 2.0  # seconds for a rank to end by itself, which takes it no time unless it has been stopped
 START_UP_ERRORS = {kind.code: kind for kind in (ConfigError, CheckpointError)}
 CAUSE_SECONDS = 1.0  # for the rank that failed first to be heard after one that failed for its sake
 
@@ -46,7 +46,7 @@ class RankProcesses:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def send(self, rank: int, message: Message, descriptor: int | None = None) -> None:
+    def send(self, rank: int, message: ToRank, descriptor: int | None = None) -> None:
         """Send a message to a rank, and a descriptor after it."""
         self._check()
         try:

@@ -26,7 +26,9 @@ class TorchEngine:
     serves requests that are prefilled where they decode, and refuses `on_layer`.
     """
 
-    def __init__(self, stage: Stage, model: ModelInfo, layout: KVLayout, device: torch.device, dense_limit: int) -> None:
+    def __init__(
+        self, stage: Stage, model: ModelInfo, layout: KVLayout, device: torch.device, dense_limit: int
+    ) -> None:
         self.model = model
         self.layout = layout
         self._stage = stage

@@ -72,9 +72,10 @@ class Stage:
             return results
         with torch.inference_mode():
             plan = plan_step(batch, self._layout, self._view, self._device)
-            trims = self._shard.is_last
-            attention = PagedAttention(self._cache, plan, self._layout.head_dim, on_layer, trims)
-            hidden = self._decoder.forward(self._enter(plan), plan.positions, plan.outputs if trims else None, attention)
+            is_last = self._shard.is_last
+            attention = PagedAttention(self._cache, plan, self._layout.head_dim, on_layer, trims=is_last)
+            outputs = plan.outputs if is_last else None
+            hidden = self._decoder.forward(self._enter(plan), plan.positions, outputs, attention)
             for contexts in plan.dense:
                 contexts.keep()
             sampled = self._leave(hidden, batch, plan)

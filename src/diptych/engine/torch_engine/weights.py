@@ -50,9 +50,7 @@ class ModelWeights:
     head: Project | None
 
 
-def load_weights(
-    files: WeightFiles, shard: Shard, links: Links, on_progress: OnProgress | None = None
-) -> ModelWeights:
+def load_weights(files: WeightFiles, shard: Shard, links: Links, on_progress: OnProgress | None = None) -> ModelWeights:
     """Read and fuse what `shard` holds. `on_progress(done, total)` counts layers, embeddings being one more."""
     total = len(shard.layers) + 1
     layers = []
@@ -71,8 +69,8 @@ def load_weights(
 def _load_head(files: WeightFiles, shard: Shard, links: Links, embedding: Tensor | None) -> Project:
     name = "model.embed_tokens.weight" if shard.config.tied_embeddings else "lm_head.weight"
     if links.gather is None:
-        tied = shard.config.tied_embeddings and embedding is not None
-        return Linear(embedding if tied else files.read((name,)), None)
+        tied = embedding if shard.config.tied_embeddings else None
+        return Linear(files.read((name,)) if tied is None else tied, None)
     tokens = shard.vocabulary
     weight = files.read((name, tokens))
     filled_up = weight.new_zeros(len(tokens), weight.shape[1])
