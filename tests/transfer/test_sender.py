@@ -57,7 +57,7 @@ class ScriptedTarget:
 
     def hear_hello(self) -> None:
         self.connection = accept(self._listener.accept()[0], KEY, frames.FromSource)
-        assert self.next() == frames.PushHello(WIRE_VERSION, "prefill-0", LAYOUT, "model")
+        assert self.next() == frames.PushHello(WIRE_VERSION, "prefill-0", LAYOUT, "model", False)
 
     def meet(self) -> None:
         self.hear_hello()

@@ -175,7 +175,7 @@ class ScriptedSource:
             endpoint.dial() if isinstance(endpoint, LocalEndpoint) else dial(endpoint.address, key, frames.FromTarget)
         )
         self._descriptors: list[int] = []
-        self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model))
+        self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model, False))
         self.welcome = self.connection.receive()
         if isinstance(endpoint, KVEndpoint) and self.mapped and isinstance(self.welcome, frames.PushWelcome):
             self._descriptors = [self.connection.receive_descriptor() for _ in range(self.welcome.num_descriptors)]

@@ -41,7 +41,7 @@ class PushHello(Message, frozen=True):
     worker_id: WorkerId
     layout: KVLayout
     model_digest: str
-    nixl: bool = False  # it wants to write with NIXL
+    nixl: bool  # it wants to write with NIXL
 
 
 class PushWelcome(Message, frozen=True):
