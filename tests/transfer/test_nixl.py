@@ -20,6 +20,7 @@ from transfer_harness import (
     LAYOUT,
     NUM_BLOCKS,
     TOKEN,
+    ScriptedSource,
     World,
     claims_for,
     random_memory,
@@ -88,6 +89,28 @@ def test_a_target_that_does_not_offer_it_opens_no_port(tmp_path: Path) -> None:
         assert made.at_source.next() == LinkLost("decode-0", ("r1",))
         made.receiver.close()
         assert made.receiver.book.counts["broken connection"] == 1
+
+
+def test_a_probe_that_nobody_asked_for_costs_the_connection(tmp_path: Path) -> None:
+    with world("tcp", tmp_path) as made, ScriptedSource(made) as source:
+        source.connection.send(frames.Probe(4), [memoryview(b"page")])
+        assert source.connection.receive() is None
+        claims = claims_for("r1", (1, 2))
+        made.receiver.expect(claims)
+        made.push_all(made.link(), claims, [1, 2])  # others are served
+        assert made.at_target.next() == HandoffComplete("r1", TOKEN)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"bases": ()}, {"bases": (1 << 40, 1 << 41)}, {"bases": (-1,)}, {"bases": (1 << 70,)}, {"scratch": 0}]
+    + [{"metadata": bytes(1 << 17)}],
+    ids=["no rank", "a rank too many", "negative", "no address", "no scratch", "endless metadata"],
+)
+def test_a_welcome_that_makes_no_sense_is_refused_before_nixl_hears_of_it(lie: dict[str, Any]) -> None:
+    memory = frames.NixlWelcome(**{"metadata": b"metadata", "bases": (1 << 40,), "scratch": 1 << 41, **lie})
+    with pytest.raises(TransferError, match="the target's NIXL memory"):
+        NixlWriter(frames.PushWelcome(LAYOUT, NUM_BLOCKS, 0, b"link"), memory, [])
 
 
 def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
