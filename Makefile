@@ -32,6 +32,9 @@ bench: $(VENV)/dev.stamp  ## engine, serving and interference figures (benchmark
 bench-handoff: $(VENV)/dev.stamp  ## KV hand-off rates beside memcpy and raw sockets (benchmarks/handoff.md)
 	$(BIN)/python -m diptych.bench.handoff_bench --out benchmarks
 
+bench-overlap: $(VENV)/dev.stamp  ## how much of a hand-off the prefill hides (benchmarks/overlap.md)
+	$(BIN)/python -m diptych.bench.overlap --out benchmarks
+
 bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
 	$(BIN)/python -m diptych.bench.pauses --json benchmarks/pauses.json

@@ -44,7 +44,7 @@ from diptych.wire.key_file import read_or_create_key
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = {"auto": ("shm", "tcp"), "shm": ("shm",), "tcp": ("tcp",)}
+TRANSPORTS = {"auto": ("shm", "tcp"), **{name: (name,) for name in ("shm", "tcp", "nixl", "fastest")}}
 KEY_BYTES = 32
 MIN_BODY_VALUES = 1 << 17  # and twice the context, for prompts of token ids
 

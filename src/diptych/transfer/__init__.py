@@ -17,6 +17,7 @@ receiver    KVReceiver: the target's side, one per worker
 incoming    what the receiver knows of each ticket it granted
 local       the in-process endpoint
 pieces      in what portions pages are moved
+nixl        pages written by NIXL; nixl_link: whether that is worth it
 writers     how bytes reach the target: mapped memory, or in the frame
 memory      KV memory that other processes can map
 digest      what a page's bytes amount to

@@ -212,6 +212,8 @@ class PushLink:
         with self._lock:
             self._working -= 1
             self._ended = last = self._working == 0
+        if last:
+            self._writer.close()
         while last and not self._jobs.empty():  # who had not heard of the end yet is told that it is over
             self._guarded(self._jobs.get() or _no_job, stream)
 
@@ -228,7 +230,7 @@ class PushLink:
     def _connect(self, stream: Stream) -> None:
         connection = connect(self._endpoint, self._identity)
         try:
-            welcome, writer = introduce(connection, self._endpoint, self._identity, self._layout)
+            welcome, writer = introduce(connection, self._endpoint, self._identity, self._sources)
             self._writer = self._wrap(writer)
         except BaseException:
             connection.close()
