@@ -59,7 +59,7 @@ def check_copies(piece: Piece) -> None:
     """They move the same bytes, as seen in a memory where each byte says where it is."""
     ours, theirs = every_byte(piece.source), every_byte(piece.target)
     for copy in piece.copies or ():
-        for index in range(copy.count):
+        for index in range(copy.times):
             source, target = copy.source + index * copy.source_step, copy.target + index * copy.target_step
             assert list(range(source, source + copy.length)) == ours[: copy.length]
             assert list(range(target, target + copy.length)) == theirs[: copy.length]

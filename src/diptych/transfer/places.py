@@ -114,9 +114,9 @@ class Places:
 
 
 class Copy(NamedTuple):
-    """`count` runs of `length` bytes, at even distances on both sides."""
+    """`times` runs of `length` bytes, at even distances on both sides."""
 
-    count: int
+    times: int
     length: int
     source: int
     source_step: int
@@ -125,10 +125,10 @@ class Copy(NamedTuple):
 
     def carry_out(self, source: Bytes, target: Bytes) -> None:
         """Copy now. (Within numpy, which lets other threads run meanwhile.)"""
-        if self.count == 1:
+        if self.times == 1:
             target[self.target : self.target + self.length] = source[self.source : self.source + self.length]
             return
-        shape = self.count, self.length
+        shape = self.times, self.length
         there = np.ndarray(shape, np.uint8, target, self.target, (self.target_step, 1))
         there[...] = np.ndarray(shape, np.uint8, source, self.source, (self.source_step, 1))
 
