@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test test-parallel check bench bench-handoff bench-survival docs clean
+.PHONY: serve test test-parallel check bench bench-handoff bench-survival handoff-faults docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -34,6 +34,9 @@ bench-handoff: $(VENV)/dev.stamp  ## KV hand-off rates beside memcpy and raw soc
 
 bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
+
+handoff-faults: $(VENV)/dev.stamp  ## N injected faults of the KV hand-off: none may be served
+	$(BIN)/python tests/transfer/handoff_faults.py --count $(or $(N),10000)
 
 docs: $(VENV)/dev.stamp  ## regenerate what is generated
 	$(BIN)/python -m diptych.policy.handoff > docs/handoff.md

@@ -29,7 +29,8 @@ def cut(case: Case) -> list[PairPieces]:
 def test_pieces_are_the_units_in_order(case: Case, piece_bytes: int, long_run: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
-        patch.setattr(places, "LONG_RUN_BYTES", long_run)
+        for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
+            patch.setattr(places, name, long_run)
         pairs = [[pair[index] for index in range(len(pair))] for pair in cut(case)]
     units = digest_units(case.source.layout, case.target.layout, case.missing)
     for pair in pairs:

@@ -7,7 +7,7 @@ import os
 import queue
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from diptych.wire.messages import WIRE_VERSION
 KEY = b"k" * 32
 EPOCH = 7
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4)
+RESHARDED = replace(LAYOUT, tensor_parallel=2, block_size=8)  # a source whose KV has to be re-sharded for LAYOUT
 NUM_BLOCKS = 24
 TOKEN = SampledToken(42, -0.5, ((42, -0.5),))
 SOCKET_TRANSPORTS = ("shm", "tcp", "tls")

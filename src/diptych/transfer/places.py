@@ -16,7 +16,8 @@ import numpy.typing as npt
 from diptych.core.errors import TransferError
 from diptych.core.kv_layout import SequenceKV
 
-LONG_RUN_BYTES = 16 << 10  # from here on, a Python loop over runs is faster than moving every byte twice
+LONG_RUN_BYTES = 16 << 10  # from here on, runs are worth being sent and received one by one
+LONG_COPY_BYTES = 32 << 10  # from here on, a Python loop over copies is faster than moving every byte twice
 
 Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -134,12 +135,12 @@ class Copy(NamedTuple):
 
 def copies(source: Places, target: Places) -> list[Copy] | None:
     """How a stream gets from its places in one layer to those in another; None if that takes many short copies."""
-    ends = np.union1d(source.ends, target.ends)
+    ends = _merged(source.ends, target.ends)
     begins = np.concatenate(([0], ends[:-1]))
     columns = (ends - begins, source.locate(begins), target.locate(begins))
     ranges = list(zip(*(column.tolist() for column in columns), strict=True))
     found: list[Copy] = []
-    most = max(source.nbytes // LONG_RUN_BYTES, 1)
+    most = max(source.nbytes // LONG_COPY_BYTES, 1)
     index = 0
     while index < len(ranges):
         if len(found) == most:
@@ -182,3 +183,11 @@ def places_of(kv: SequenceKV, heads: range, tokens: range, other_block_size: int
     )
     lengths = np.repeat(counts * layout.vector_bytes, len(pieces))
     return Places((runs[:, None] + pieces).reshape(-1), lengths)
+
+
+def _merged(*edges: Numbers) -> Numbers:
+    """All of them, ascending, each once. (np.unique takes longer.)"""
+    together: Numbers = np.sort(np.concatenate(edges))
+    fresh = np.ones(len(together), dtype=bool)
+    np.not_equal(together[1:], together[:-1], out=fresh[1:])
+    return together[fresh]
