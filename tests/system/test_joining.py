@@ -114,8 +114,8 @@ def test_a_worker_that_was_frozen_comes_back_in_a_new_life(server: Server, tmp_p
     ("more", "words"),
     [
         (("--id", "mixed-0"), ("mixed-0", "the server's own")),
-        (("--max-model-len", "100"), ("context of 100 tokens", "--max-model-len")),
-        (("--block-size", "32"), ("refused",)),
+        (("--max-model-len", "100"), ("contexts differ: 100 and 4096 tokens", "--max-model-len")),
+        (("--tp", "3"), ("2 KV heads", "3 tensor ranks")),
         (("--id", "a b"), ("'a b'", "--id")),
         (("--advertise", "0.0.0.0"), ("0.0.0.0", "--advertise")),
         (("--join", "127.0.0.1"), ("127.0.0.1", "HOST:PORT")),
