@@ -164,9 +164,11 @@ def test_books_are_empty_in_the_end() -> None:
     [
         ((), {}, 1000, True),
         ((Pending("w", "w", 999),), {}, 1, True),
-        ((Pending("w", "w", 1000),), {}, 1, False),  # a second of prefill is ahead of it
+        ((Pending("w", "w", 1000),), {}, 251, False),  # a second of prefill is ahead of it
         ((Pending("w", "w", 499),), {"prefill_rate": 1.0}, 1, True),  # they may share a step
-        ((Pending("w", "w", 500),), {"prefill_rate": 1.0}, 1, False),
+        ((Pending("w", "w", 500),), {"prefill_rate": 1.0}, 126, False),
+        ((Pending("w", "w", 500),), {"prefill_rate": 1.0}, 125, True),  # short beside a long one
+        ((Pending("w", "w", 500),) * 2, {"prefill_rate": 1.0}, 1, False),
         ((Pending("w", "w", 1),) * 64, {}, 1, False),
         ((), {"blocks_used": 90}, 100, True),
         ((), {"blocks_used": 90}, 101, False),

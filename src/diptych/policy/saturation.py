@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from diptych.core.blocks import blocks_for
 from diptych.core.fleet import Role, Route, WorkerId, WorkerState, WorkerView
+from diptych.policy.batching import SHORT
 from diptych.policy.cost_model import CostModel
 
 
@@ -31,7 +32,8 @@ class RoomLimits:
     Attributes:
         backlog_seconds: of prefill, by its measured rate; a tenant whose turn comes next waits for that long.
         backlog_tokens: of prefill, however long they take: short prompts share steps, which pays only if there
-            are enough of them.
+            are enough of them. The longest prompt does not count for those much shorter, since it shares its steps
+            with them (`policy.batching`).
         max_pending: prompts without a first token.
         max_waiting: sequences that a decode worker says wait there.
     """
@@ -60,10 +62,12 @@ class Room:
         self._cost = CostModel()
         self._backlog: Counter[WorkerId] = Counter()
         self._prompts: Counter[WorkerId] = Counter()
+        self._longest: Counter[WorkerId] = Counter()
         self._promised: Counter[WorkerId] = Counter()
         for request in pending:
             self._backlog[request.prefiller] += request.tokens
             self._prompts[request.prefiller] += 1
+            self._longest[request.prefiller] = max(self._longest[request.prefiller], request.tokens)
             self._promised[request.decoder] += request.tokens
         self.busy_seconds = min(map(self._backlog_seconds, prefillers), default=0.0)
         self.prefill_rate = sum(1 / self._cost.prefill_seconds(worker, 1) for worker in prefillers)
@@ -76,15 +80,16 @@ class Room:
     def fits(self, route: Route, num_tokens: int) -> bool:
         """Whether a log of that many tokens can be started there now. An idle worker takes whatever comes."""
         prefiller, decoder = self._workers[route.prefill or route.decode], self._workers[route.decode]
-        return self._can_prefill(prefiller) and self._can_decode(decoder, num_tokens)
+        return self._can_prefill(prefiller, num_tokens) and self._can_decode(decoder, num_tokens)
 
-    def _can_prefill(self, worker: WorkerView) -> bool:
+    def _can_prefill(self, worker: WorkerView, num_tokens: int) -> bool:
         if self._prompts[worker.worker_id] >= self._limits.max_pending:
             return False
-        return (
-            self._backlog[worker.worker_id] < self._limits.backlog_tokens
-            or self._backlog_seconds(worker) < self._limits.backlog_seconds
-        )
+        backlog, longest = self._backlog[worker.worker_id], self._longest[worker.worker_id]
+        if num_tokens * SHORT <= longest:
+            backlog -= longest
+        seconds = self._cost.prefill_seconds(worker, backlog)
+        return backlog < self._limits.backlog_tokens or seconds < self._limits.backlog_seconds
 
     def _backlog_seconds(self, worker: WorkerView) -> float:
         return self._cost.prefill_seconds(worker, self._backlog[worker.worker_id])
