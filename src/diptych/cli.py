@@ -62,6 +62,10 @@ MaxBatchTokens = Annotated[
 ]
 MaxSequences = Annotated[int, Option(min=1, help="Sequences per step (and data-parallel rank).")]
 EngineKind = Annotated[Literal["torch", "scripted"], Option(help="scripted: no model, made-up tokens.")]
+Transport = Annotated[
+    Literal["auto", "shm", "tcp", "nixl", "fastest"],
+    Option(help="How KV pages travel. fastest: by nixl or tcp, as each link finds out."),
+]
 Tls = Annotated[bool, Option("--tls", help="Encrypt channels between hosts.")]
 Advertise = Annotated[str | None, Option(help="This machine's address, as the others' workers reach it.")]
 Config = Annotated[Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")]
@@ -78,7 +82,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    transport: Annotated[Literal["auto", "shm", "tcp"], Option(help="How KV pages travel.")] = "auto",
+    transport: Transport = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_tokens: KVCacheTokens = None,
     block_size: BlockSize = 16,

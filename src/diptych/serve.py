@@ -44,7 +44,7 @@ from diptych.wire.key_file import read_or_create_key
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = {"auto": ("shm", "tcp"), "shm": ("shm",), "tcp": ("tcp",)}
+TRANSPORTS = {"auto": ("shm", "tcp"), **{name: (name,) for name in ("shm", "tcp", "nixl", "fastest")}}
 KEY_BYTES = 32
 MIN_BODY_VALUES = 1 << 17  # and twice the context, for prompts of token ids
 
@@ -214,11 +214,11 @@ async def _serve(settings: ServeSettings) -> None:
             signals.on_hangup(fleet.workers.restart_each)
             async with _front(settings, fleet, sock, connections):
                 await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
+                failpoint("router.draining")
                 drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
                 await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
         fleet.screen.stopping()
-        failpoint("router.ending")
     draining.cancel()
     stopping.cancel()
 

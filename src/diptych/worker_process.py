@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import shutil
 import time
 
@@ -11,7 +12,9 @@ from diptych.chaos import failpoints
 from diptych.core.errors import ConfigError
 from diptych.core.ports import Engine
 from diptych.core.settings import CpuSettings, EngineSettings, WorkerSettings
-from diptych.worker.main import OnProgress, run_worker
+from diptych.worker.main import End, OnProgress, run_worker
+
+ENDING_SECONDS = 1.0
 
 
 def run(settings: WorkerSettings) -> None:
@@ -19,12 +22,15 @@ def run(settings: WorkerSettings) -> None:
     failpoints.arm(settings.worker_id, settings.epoch)
     if settings.cpu.cores:
         os.sched_setaffinity(0, settings.cpu.cores)
-    parent = os.getppid()
-    try:
-        asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
-    finally:
-        if os.getppid() != parent:  # the router was killed, and can clear up nothing
-            shutil.rmtree(settings.run_dir, ignore_errors=True)
+    router = os.pidfd_open(os.getppid())
+    end = asyncio.run(run_worker(settings, lambda progress: load_engine(settings, progress)))
+    if end is End.ROUTER_GONE and _has_ended(router):  # killed: it can clear up nothing
+        shutil.rmtree(settings.run_dir, ignore_errors=True)
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether a process has ended, or does so in a moment (its connections close a little before)."""
+    return bool(select.select([pidfd], [], [], ENDING_SECONDS)[0])
 
 
 def load_engine(settings: WorkerSettings, on_progress: OnProgress) -> Engine:

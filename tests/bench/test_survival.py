@@ -7,6 +7,7 @@ import pytest
 from diptych.bench.survival import NUM_CLIENTS, SCENARIOS, Tally, measure
 
 
+@pytest.mark.fault(33)
 @pytest.mark.fault(30, 32)
 @pytest.mark.parametrize("name", ["one-decode", "everything"])
 def test_killed_workers_change_no_answer(name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from front_fakes import FakeDispatcher, ask
 
-from diptych.core.errors import ConfigError, OverloadedError, ServingError
+from diptych.core.errors import ConfigError, OverloadedError, UnavailableError
 from diptych.core.fleet import RouterStats
 from diptych.front.tenants import TenantKeys, read_tenants
 from diptych.policy.admission import TenantLimits
@@ -115,11 +115,14 @@ def test_timeouts_that_make_no_sense(text: str) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "x-request-timeout-ms")
 
 
-@pytest.mark.parametrize("code", ["request_timeout", "queue_timeout", "stall_timeout"])
-def test_deadlines_of_the_router_are_gateway_timeouts(code: str) -> None:
-    dispatcher = FakeDispatcher(failures={0: ServingError("too late", code=code)})
+@pytest.mark.parametrize(
+    ("code", "status"), [("request_timeout", 504), ("first_token_timeout", 504), ("queue_timeout", 503)]
+)
+def test_deadlines_of_the_router_are_gateway_timeouts_unless_nobody_had_room(code: str, status: int) -> None:
+    dispatcher = FakeDispatcher(failures={0: UnavailableError("too late", retry_after=1.0, code=code)})
     response = ask(dispatcher, "/v1/completions", COMPLETION)
-    assert (response.status_code, response.json()["error"]["code"]) == (504, code)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.headers["retry-after"]
 
 
 @pytest.mark.fault(24)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +65,7 @@ def test_stragglers_do_not_lengthen_it() -> None:
     assert them.next_due(0.6) == 1.2
 
 
+@pytest.mark.fault(47)
 def test_who_dies_every_few_seconds_is_used_ever_less_until_it_is_calm() -> None:
     them = breakers()
     waits = []

@@ -61,6 +61,7 @@ def test_the_same_kv_goes_to_another_decode_worker(seed: int) -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(43)
 def test_a_failed_handoff_goes_round_the_pair_and_not_round_its_workers() -> None:
     world = World(0, FLEET)
     world.submit(split())
@@ -91,6 +92,7 @@ def test_with_both_gone_another_pair_starts_over_from_the_log() -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("dead", [("p0", "p1"), ("d0", "d1"), ("p0", "p1", "d0"), ("p0", "d0", "d1")])
 @pytest.mark.parametrize("tokens", [0, 1, 12])
 def test_whoever_is_left_does_both(dead: tuple[str, ...], tokens: int) -> None:
@@ -106,6 +108,7 @@ def test_whoever_is_left_does_both(dead: tuple[str, ...], tokens: int) -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("tokens", [0, 1, 12])
 def test_with_nobody_left_it_waits_and_goes_on(tokens: int) -> None:
     world = World(0, FLEET)
@@ -150,6 +153,7 @@ def test_a_prefill_worker_that_leaves_is_waited_for(seed: int) -> None:
     ends_well(world, split())
 
 
+@pytest.mark.fault(47)
 def test_what_dies_again_and_again_gets_ever_less_to_do() -> None:
     """A worker that comes back after a second and dies after another five, for ten minutes."""
     world = World(0, {"m0": Role.MIXED, "m1": Role.MIXED})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ def spend_all(budget: RetryBudget, now: float) -> int:
     return spent
 
 
+@pytest.mark.fault(60)
 def test_a_tenth_of_the_traffic_and_a_trickle() -> None:
     budget = RetryBudget(share=0.125, rate=5.0, burst=50.0)
     assert spend_all(budget, 0.0) == 50

@@ -92,6 +92,7 @@ def handed_over() -> Router:
 # deadlines
 
 
+@pytest.mark.fault(42)
 def test_a_stalled_stream_goes_on_elsewhere_and_its_worker_is_blamed() -> None:
     router = handed_over()
     router.at(10.0)
@@ -114,6 +115,7 @@ def test_a_stream_that_stalls_while_others_get_on_is_nobody_s_fault() -> None:
     assert other
 
 
+@pytest.mark.fault(42)
 def test_a_handoff_that_hangs_is_the_fault_of_the_pair() -> None:
     router = Router("p0", "d0", "d1")
     router.submit()
@@ -232,6 +234,7 @@ def running_on(router: Router, request_id: str = "r") -> str:
     return live.route.decode if live.workers and live.route is not None else ""
 
 
+@pytest.mark.fault(47)
 def test_what_kills_workers_is_ended_after_three_and_says_so() -> None:
     router = Router("m0", "m1", "m2")
     router.submit(prefer=LOCAL)
@@ -454,6 +457,7 @@ def test_a_worker_that_has_left_has_not_failed() -> None:
 # the budget
 
 
+@pytest.mark.fault(60)
 def test_what_fails_again_and_again_is_paid_for() -> None:
     router = Router("m0", "m1")
     for number in range(200):

@@ -92,6 +92,7 @@ def test_a_request_that_fails_for_good_leaves_the_books_and_its_place() -> None:
     assert (policy.live, policy.stats().waiting, policy.admission._usage) == ({}, 0, {})
 
 
+@pytest.mark.fault(33)
 def test_what_waits_survives_the_only_worker() -> None:
     policy = router()
     submit(policy, "a0", "a1")

@@ -206,6 +206,7 @@ async def confirm_canary(end: MemoryChannel[Any]) -> None:
     end.send(messages.Prefilled(token, 0, 0.0, 0.0))
 
 
+@pytest.mark.fault(33)
 def test_with_nobody_back_in_time_the_stream_ends_with_the_reason() -> None:
     async def script(stage: Stage) -> None:
         prefill, decode, stream = await start_split(stage)
@@ -294,6 +295,7 @@ class NextHello(messages.Message, frozen=True, tag="Hello"):
     colour: str
 
 
+@pytest.mark.fault(45)
 def test_a_hello_of_another_shape_is_refused_with_both_versions_in_mind() -> None:
     async def script(stage: Stage) -> None:
         stranger = stage.connect()
@@ -420,6 +422,7 @@ def test_a_worker_that_leaves_with_nobody_to_hand_over_to_finishes_what_it_has()
     play(script)
 
 
+@pytest.mark.fault(36)
 def test_what_an_older_life_still_sends_means_nothing() -> None:
     """As after SIGSTOP, a new registration, and SIGCONT."""
 
@@ -481,6 +484,8 @@ def test_a_router_that_drains_takes_nothing_new_and_waits_for_what_runs() -> Non
         with pytest.raises(UnavailableError) as refusal:
             stage.router.submit(replace(LONG, request_id="s"))
         assert refusal.value.code == "draining"
+        with pytest.raises(UnavailableError, match="about to end"):
+            stage.router.check("")
         assert not draining.done()
         alone.send(messages.Prefilled(output(0, FinishReason.LENGTH), 0, 0.0, 0.0))
         assert await draining

@@ -27,6 +27,7 @@ for seed in range(40):
 """
 
 
+@pytest.mark.fault(29, 30, 31, 32, 34, 36, 39, 40, 41, 43, 46, 48, 50, 53)
 @pytest.mark.parametrize("first", range(0, HISTORIES, PER_TEST))
 def test_no_history_violates_an_invariant(first: int) -> None:
     tally = play_seeds(range(first, first + PER_TEST))

@@ -26,6 +26,7 @@ def server() -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.fault(37, 38)
 def test_every_worker_is_restarted_under_load_and_no_answer_changes(server: Server) -> None:
     restarted = threading.Event()
 
@@ -51,6 +52,7 @@ def test_every_worker_is_restarted_under_load_and_no_answer_changes(server: Serv
     assert not any("signal SIG" in line for line in server.screen)  # they have ended by themselves
 
 
+@pytest.mark.fault(37)
 def test_a_decode_worker_that_is_asked_to_go_hands_its_stream_over(server: Server) -> None:
     with server.stream(PROMPT, "split", max_tokens=800) as stream:
         token_ids = [next(stream.token_ids) for _ in range(5)]
@@ -63,6 +65,7 @@ def test_a_decode_worker_that_is_asked_to_go_hands_its_stream_over(server: Serve
     soon(lambda: is_idle(server), "all blocks are given back")
 
 
+@pytest.mark.fault(37)
 def test_a_server_that_is_asked_to_go_finishes_its_streams() -> None:
     with serving(*SCRIPTED) as server:
         with server.stream(PROMPT, "split", max_tokens=400) as stream:
@@ -78,6 +81,7 @@ def test_a_server_that_is_asked_to_go_finishes_its_streams() -> None:
         assert server.process.wait(30.0) == 0
 
 
+@pytest.mark.fault(37)
 def test_a_second_signal_ends_it_at_once() -> None:
     with serving(*SCRIPTED) as server, server.stream(PROMPT, "split", max_tokens=3900) as stream:
         next(stream.token_ids)

@@ -38,10 +38,7 @@ def outcomes(directory: Path) -> dict[str, Outcome]:
     return {outcome.name: outcome for outcome in results}
 
 
-@pytest.mark.fault(39)
-@pytest.mark.fault(40)
-@pytest.mark.fault(42)
-@pytest.mark.fault(43)
+@pytest.mark.fault(39, 40, 42, 43)
 @pytest.mark.parametrize("name", SLICE)
 def test_no_answer_is_lost_or_wrong(outcomes: dict[str, Outcome], name: str) -> None:
     assert outcomes[name].violation == "", outcomes[name].what

@@ -92,6 +92,7 @@ def test_the_newest_of_two_with_one_name_wins(server: Server, tmp_path: Path) ->
             assert server.fleet()["twin"]["pid"] == second.pid
 
 
+@pytest.mark.fault(36)
 def test_a_worker_that_was_frozen_comes_back_in_a_new_life(server: Server, tmp_path: Path) -> None:
     """Nobody can kill it from here: its old life is fenced off by its epoch."""
     with joining(tmp_path / "log", *flags(server, "far", "prefill")) as process:
@@ -113,8 +114,8 @@ def test_a_worker_that_was_frozen_comes_back_in_a_new_life(server: Server, tmp_p
     ("more", "words"),
     [
         (("--id", "mixed-0"), ("mixed-0", "the server's own")),
-        (("--max-model-len", "100"), ("context of 100 tokens", "--max-model-len")),
-        (("--block-size", "32"), ("refused",)),
+        (("--max-model-len", "100"), ("contexts differ: 100 and 4096 tokens", "--max-model-len")),
+        (("--tp", "3"), ("2 KV heads", "3 tensor ranks")),
         (("--id", "a b"), ("'a b'", "--id")),
         (("--advertise", "0.0.0.0"), ("0.0.0.0", "--advertise")),
         (("--join", "127.0.0.1"), ("127.0.0.1", "HOST:PORT")),

@@ -42,13 +42,7 @@ def outcomes(directory: Path) -> dict[str, Outcome]:
     return {outcome.name: outcome for outcome in asyncio.run(run_all(wanted, PARALLEL, directory))}
 
 
-@pytest.mark.fault(29)
-@pytest.mark.fault(30)
-@pytest.mark.fault(31)
-@pytest.mark.fault(32)
-@pytest.mark.fault(34)
-@pytest.mark.fault(36)
-@pytest.mark.fault(37)
+@pytest.mark.fault(29, 30, 31, 32, 34, 36, 37)
 @pytest.mark.parametrize("name", SLICE)
 def test_nothing_is_lost(outcomes: dict[str, Outcome], name: str) -> None:
     assert outcomes[name].violation == "", outcomes[name].what

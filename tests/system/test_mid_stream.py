@@ -60,6 +60,7 @@ def ask(server: Server, *, kill: bool, **fields: Any) -> tuple[dict[int, dict[st
     return choices, usage
 
 
+@pytest.mark.fault(32)
 def test_the_answer_is_that_of_the_undisturbed_run(model: Server) -> None:
     fields = ENDLESS | SEEDED | PENALTIES | {"logprobs": 2, "n": 3, "logit_bias": {"7": 1.5}, "min_tokens": 100}
     calm, calm_usage = ask(model, kill=False, **fields)
@@ -84,6 +85,7 @@ def test_a_stop_string_is_found_across_the_seam(script: Server) -> None:
     assert text.startswith(killed[0]["text"])
 
 
+@pytest.mark.fault(32)
 def test_without_a_seed_nothing_is_lost_or_doubled(script: Server) -> None:
     choices, usage = ask(script, kill=True, **ENDLESS, temperature=1.0, n=2)
     assert [len(choice["ids"]) for choice in choices.values()] == [LENGTH, LENGTH]

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from server import Server, is_idle, serving, soon
 from test_exact import by_transformers
 
@@ -21,6 +22,7 @@ def rank_processes(server: Server, worker_id: str) -> list[int]:
     return [child for child in processes.tree(pid) if child != pid]
 
 
+@pytest.mark.fault(32)
 def test_death_of_a_rank_costs_its_streams_a_pause(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", tmp_path)
     [right] = by_transformers(checkpoint, [PROMPT], MAX_TOKENS)

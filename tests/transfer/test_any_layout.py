@@ -147,11 +147,10 @@ def hand_over(case: Case, transport: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @settings(deadline=None, max_examples=25)
-@given(case=cases(), frame_bytes=st.sampled_from((64, 500, 1 << 20)), long_run=st.sampled_from((1, 64, 1 << 14)))
-def test_any_layout_becomes_any_other(transport: str, case: Case, frame_bytes: int, long_run: int) -> None:
+@given(case=cases(), piece_bytes=st.sampled_from((64, 500, 1 << 20)), long_run=st.sampled_from((1, 64, 1 << 14)))
+def test_any_layout_becomes_any_other(transport: str, case: Case, piece_bytes: int, long_run: int) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "FRAME_BYTES", frame_bytes)
-        patch.setattr(pieces, "PIECE_BYTES", frame_bytes // 3)
-        patch.setattr(pieces, "LONG_RUN_BYTES", long_run)
-        patch.setattr(places, "LONG_RUN_BYTES", long_run)
+        patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
+        for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
+            patch.setattr(places, name, long_run)
         hand_over(case, transport, Path(directory))

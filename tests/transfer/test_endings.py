@@ -11,6 +11,7 @@ from transfer_harness import (
     EPOCH,
     KEY,
     LAYOUT,
+    RESHARDED,
     SOCKET_TRANSPORTS,
     TOKEN,
     TRANSPORTS,
@@ -31,8 +32,9 @@ from diptych.core.events import (
     WriterGone,
 )
 from diptych.core.fleet import KVEndpoint
+from diptych.core.kv_layout import KVLayout, SequenceKV
 from diptych.core.ticket import TicketClaims
-from diptych.policy.resharding import plan_transfer
+from diptych.policy.resharding import plan_resharding
 from diptych.transfer import frames, receiver
 from diptych.transfer.faulty import Fault, FaultyWriter
 from diptych.wire import handshake
@@ -42,10 +44,12 @@ from diptych.wire.messages import WIRE_VERSION
 BLOCKS = (5, 6, 2)
 LAYERS = range(LAYOUT.num_layers)
 each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+each_pair = pytest.mark.parametrize("layout", [LAYOUT, RESHARDED], ids=["equal", "re-sharded"])
 
 
 def push_layer(made: World, claims: TicketClaims, layer: int) -> None:
-    plan = plan_transfer(LAYOUT, LAYOUT, claims.blocks, claims.blocks, first_block=0)
+    source = SequenceKV(made.source.layout, claims.blocks)
+    plan = plan_resharding(source, SequenceKV(LAYOUT, claims.blocks), range(claims.num_tokens))
     made.links[0].push(claims.request_id, claims, plan, layer)
 
 
@@ -58,10 +62,11 @@ def hand_over_another(made: World) -> None:
     assert made.at_source.next() == PushAccepted("another")
 
 
+@each_pair
 @each_transport
 @pytest.mark.parametrize("layers", [1, 2, len(LAYERS)])
-def test_the_source_gives_up(transport: str, layers: int, tmp_path: Path) -> None:
-    with world(transport, tmp_path) as made:
+def test_the_source_gives_up(transport: str, layout: KVLayout, layers: int, tmp_path: Path) -> None:
+    with world(transport, tmp_path, 0, layout, LAYOUT) as made:
         link, claims = made.link(), claims_for("r1", BLOCKS)
         made.receiver.expect(claims)
         for layer in range(layers):
@@ -78,10 +83,11 @@ def test_the_source_gives_up(transport: str, layers: int, tmp_path: Path) -> Non
         assert made.at_target.empty
 
 
+@each_pair
 @each_transport
-def test_the_source_gives_up_what_it_has_not_begun(transport: str, tmp_path: Path) -> None:
+def test_the_source_gives_up_what_it_has_not_begun(transport: str, layout: KVLayout, tmp_path: Path) -> None:
     """The target never hears of it, and takes its blocks back when it likes."""
-    with world(transport, tmp_path) as made:
+    with world(transport, tmp_path, 0, layout, LAYOUT) as made:
         link, claims = made.link(), claims_for("r1", BLOCKS)
         made.receiver.expect(claims)
         link.abandon("r1", claims)
@@ -92,10 +98,11 @@ def test_the_source_gives_up_what_it_has_not_begun(transport: str, tmp_path: Pat
         assert not made.receiver.book.counts
 
 
+@each_pair
 @each_transport
 @pytest.mark.parametrize("layers", [1, len(LAYERS)])
-def test_the_target_takes_its_blocks_back(transport: str, layers: int, tmp_path: Path) -> None:
-    with world(transport, tmp_path) as made:
+def test_the_target_takes_its_blocks_back(transport: str, layout: KVLayout, layers: int, tmp_path: Path) -> None:
+    with world(transport, tmp_path, 0, layout, LAYOUT) as made:
         link, claims = made.link(), claims_for("r1", BLOCKS)
         made.receiver.expect(claims)
         for layer in range(layers):
@@ -112,9 +119,10 @@ def test_the_target_takes_its_blocks_back(transport: str, layers: int, tmp_path:
         assert made.at_target.empty
 
 
+@each_pair
 @each_transport
-def test_the_target_takes_back_what_nobody_has_begun(transport: str, tmp_path: Path) -> None:
-    with world(transport, tmp_path) as made:
+def test_the_target_takes_back_what_nobody_has_begun(transport: str, layout: KVLayout, tmp_path: Path) -> None:
+    with world(transport, tmp_path, 0, layout, LAYOUT) as made:
         link, claims = made.link(), claims_for("r1", BLOCKS)
         made.receiver.expect(claims)
         made.receiver.revoke("r1")
@@ -128,11 +136,12 @@ def test_the_target_takes_back_what_nobody_has_begun(transport: str, tmp_path: P
         assert made.block(made.target, 0, BLOCKS[0]) == bytes(LAYOUT.block_bytes)
 
 
+@each_pair
 @each_transport
 @pytest.mark.parametrize("first", ["stops", "revokes"])
-def test_a_failed_handoff_ends_in_either_order(transport: str, first: str, tmp_path: Path) -> None:
+def test_a_failed_handoff_ends_in_either_order(transport: str, layout: KVLayout, first: str, tmp_path: Path) -> None:
     """After a failure the source stops and the target revokes: one PushStopped, one WriterGone."""
-    with world(transport, tmp_path) as made:
+    with world(transport, tmp_path, 0, layout, LAYOUT) as made:
         link = made.link(lambda writer: FaultyWriter(writer, {0: Fault.FLIP}))
         claims = claims_for("r1", BLOCKS)
         made.receiver.expect(claims)
@@ -181,7 +190,7 @@ def test_a_mapped_writer_that_breaks_the_rules_is_gone_only_when_it_hangs_up(tmp
         claims = claims_for("r1", BLOCKS)
         made.receiver.expect(claims)
         source.begin(claims)
-        source.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", LAYOUT, "model"))
+        source.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", LAYOUT, "model", False))
         assert source.connection.receive() is None  # the target is done with it
         made.receiver.revoke("r1")
         source.connection._socket.sendall(bytes(100_000))  # read, and ignored
@@ -198,7 +207,7 @@ def test_another_wire_version_is_refused(version: int, tmp_path: Path) -> None:
     with world("tcp", tmp_path) as made:
         connection = dial(made.endpoint.address, KEY, frames.FromTarget)
         with contextlib.closing(connection):
-            connection.send(frames.PushHello(version, "prefill-1", LAYOUT, "model"))
+            connection.send(frames.PushHello(version, "prefill-1", LAYOUT, "model", False))
             assert connection.receive() == frames.Refused(f"wire version {version} there, {WIRE_VERSION} here")
             assert connection.receive() is None
 

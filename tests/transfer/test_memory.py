@@ -13,7 +13,7 @@ import pytest
 from diptych.core.errors import ConfigError, TransferError
 from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
 from diptych.transfer.memory import SharedMemory, map_memory
-from diptych.transfer.pieces import Frame, Piece
+from diptych.transfer.pieces import Piece
 from diptych.transfer.places import Places
 from diptych.transfer.streams import Stream
 from diptych.transfer.writers import MappedWriter
@@ -87,10 +87,10 @@ def test_nothing_leaves_its_layer(span: tuple[int, int]) -> None:
     source = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(b"s" * SIZE))
     target = KVMemory(LAYOUT, NUM_BLOCKS, memoryview(mmap.mmap(-1, SIZE)))
     for staged in (None, memoryview(b"s" * outside.nbytes)):
-        piece = Piece(inside, outside, (outside.nbytes,), None, None)
+        piece = Piece(0, inside, outside, [outside.nbytes], None, None)
         with pytest.raises(TransferError, match="leave a layer"):
             MappedWriter([target]).write(LayerTransfer(0, 0, 0, ()), piece, source.layer(0), staged)
-        piece = Piece(outside, inside, (outside.nbytes,), None, None)
+        piece = Piece(0, outside, inside, [outside.nbytes], None, None)
         with pytest.raises(TransferError, match="leave a layer"):
-            Stream().write(MappedWriter([target]), LayerTransfer(0, 0, 0, ()), Frame(0, (piece,)), source)
+            Stream().write(MappedWriter([target]), LayerTransfer(0, 0, 0, ()), piece, source)
     assert not any(target.buffer)  # all or nothing

@@ -9,9 +9,9 @@ from test_any_layout import Case, cases
 
 from diptych.policy.digest_units import byte_runs, digest_units
 from diptych.policy.resharding import plan_resharding
-from diptych.transfer import pieces
+from diptych.transfer import frames, pieces, places
 from diptych.transfer.expected import Expected
-from diptych.transfer.pieces import PairFrames, PlanFrames
+from diptych.transfer.pieces import PairPieces, Piece, PlanPieces
 from diptych.transfer.places import Places
 
 
@@ -20,41 +20,56 @@ def every_byte(places: Places) -> list[int]:
     return [start + step for start, length in runs for step in range(length)]
 
 
-def cut(case: Case) -> list[PairFrames]:
+def cut(case: Case) -> list[PairPieces]:
     plan = plan_resharding(case.source, case.target, case.missing)
-    return [frames for _, _, frames in PlanFrames(plan, case.source.layout, case.claims("r1")).of_layer(0)]
+    return [pair for _, _, pair in PlanPieces(plan, case.source.layout, case.claims("r1")).of_layer(0)]
 
 
-@given(cases(), st.integers(1, 3000), st.integers(1, 1000))
-def test_frames_and_pieces_are_the_units_in_order(case: Case, frame_bytes: int, piece_bytes: int) -> None:
+@given(cases(), st.integers(1, 3000), st.sampled_from((1, 16, 64, 1 << 14)))
+def test_pieces_are_the_units_in_order(case: Case, piece_bytes: int, long_run: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "FRAME_BYTES", frame_bytes)
         patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
-        pairs = [[frames[index] for index in range(len(frames))] for frames in cut(case)]
+        for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
+            patch.setattr(places, name, long_run)
+        pairs = [[pair[index] for index in range(len(pair))] for pair in cut(case)]
     units = digest_units(case.source.layout, case.target.layout, case.missing)
-    for frames in pairs:
+    for pair in pairs:
         group = case.missing.start // max(case.source.layout.block_size, case.target.layout.block_size)
-        for frame in frames:
-            assert frame.first_group == group
-            assert frame.nbytes <= frame_bytes or sum(len(piece.unit_ends) for piece in frame.pieces) == 1
-            for piece in frame.pieces:
-                start = 0
-                for end in piece.unit_ends:
-                    unit = units.pop(0)
-                    for kv, places in ((case.source, piece.source), (case.target, piece.target)):
-                        runs = [range(offset, offset + length) for offset, length in byte_runs(kv, unit)]
-                        assert every_byte(places.part(start, end)) == [byte for run in runs for byte in run]
-                    start, group = end, group + 1
-                assert start == piece.source.nbytes == piece.target.nbytes
-                assert start <= piece_bytes or len(piece.unit_ends) == 1
+        for piece in pair:
+            assert piece.first_group == group
+            assert piece.source.nbytes <= piece_bytes or len(piece.unit_ends) == 1
+            start = 0
+            for index, end in enumerate(piece.unit_ends):
+                unit = units.pop(0)
+                for kv, side in ((case.source, piece.source), (case.target, piece.target)):
+                    assert every_byte(side.part(start, end)) == in_order(byte_runs(kv, unit))
+                if piece.spans is not None:
+                    assert list(range(*piece.spans[index])) == in_order(byte_runs(case.source, unit))
+                start, group = end, group + 1
+            assert start == piece.source.nbytes == piece.target.nbytes
+            check_copies(piece)
     assert not units
+
+
+def in_order(runs: list[tuple[int, int]]) -> list[int]:
+    return [byte for start, length in runs for byte in range(start, start + length)]
+
+
+def check_copies(piece: Piece) -> None:
+    """They move the same bytes, as seen in a memory where each byte says where it is."""
+    ours, theirs = every_byte(piece.source), every_byte(piece.target)
+    for copy in piece.copies or ():
+        for index in range(copy.times):
+            source, target = copy.source + index * copy.source_step, copy.target + index * copy.target_step
+            assert list(range(source, source + copy.length)) == ours[: copy.length]
+            assert list(range(target, target + copy.length)) == theirs[: copy.length]
+            del ours[: copy.length], theirs[: copy.length]
+    assert not ours or piece.copies is None
 
 
 @given(cases(), st.data())
 def test_the_target_finds_the_same_places(case: Case, data: st.DataObject) -> None:
     """It knows the source's layout, and neither its blocks nor how it cuts frames."""
-    from diptych.transfer import frames
-
     claims = case.claims("r1")
     expected = Expected(case.source.layout, claims)
     units = digest_units(case.source.layout, case.target.layout, case.missing)

@@ -12,6 +12,7 @@ from transfer_harness import (
     KEY,
     LAYOUT,
     NUM_BLOCKS,
+    RESHARDED,
     SOCKET_TRANSPORTS,
     TOKEN,
     TRANSPORTS,
@@ -33,7 +34,7 @@ from diptych.core.events import (
     WriterGone,
 )
 from diptych.core.fleet import KVEndpoint
-from diptych.core.kv_layout import KVMemory
+from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
 from diptych.transfer import pieces
@@ -99,8 +100,7 @@ def test_chunks_layers_in_any_order_and_duplicates_arrive(transport: str, tmp_pa
 def test_a_layer_may_take_several_frames(
     transport: str, pages_per_frame: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "FRAME_BYTES", pages_per_frame * LAYOUT.block_bytes)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 2 * LAYOUT.block_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", pages_per_frame * LAYOUT.block_bytes)
     for number, tables in enumerate((random_tables(6, 9), (list(range(3, 12)), tuple(range(9))))):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -133,9 +133,10 @@ def test_many_requests_share_a_link(transport: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("fault", Fault)
 @pytest.mark.parametrize("write", LAYERS)
-def test_no_damage_is_accepted(transport: str, fault: Fault, write: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [LAYOUT, RESHARDED], ids=["equal", "re-sharded"])
+def test_no_damage_is_accepted(transport: str, fault: Fault, write: int, layout: KVLayout, tmp_path: Path) -> None:
     source_blocks, target_blocks = random_tables(8, 6)
-    with world(transport, tmp_path) as made:
+    with world(transport, tmp_path, 0, layout, LAYOUT) as made:
         claims = claims_for("bad", target_blocks)
         made.receiver.expect(claims)
         link = made.link(lambda writer: FaultyWriter(writer, {write: fault}, seed=write))
@@ -156,7 +157,8 @@ def test_no_damage_is_accepted(transport: str, fault: Fault, write: int, tmp_pat
         made.receiver.expect(good)
         made.push_all(link, good, source_blocks)
         assert made.at_target.next() == HandoffComplete("good", TOKEN)
-        assert_arrived(made, source_blocks, target_blocks, 0)
+        if layout == LAYOUT:
+            assert_arrived(made, source_blocks, target_blocks, 0)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from wire_examples import FROM_SOURCE, FROM_TARGET
 
 from diptych.core.errors import ConfigError, HandshakeError, ProtocolError
-from diptych.transfer.frames import FromSource, FromTarget, PushWelcome
+from diptych.transfer.frames import FromSource, FromTarget, Go
 from diptych.wire import blocking, handshake
 from diptych.wire.blocking import MAX_CONTROL_BYTES, BlockingConnection, accept, dial, listening_socket
 from diptych.wire.codec import LENGTH, encode_frame
@@ -89,9 +89,9 @@ def test_payload_of_any_cut_follows_its_message(transport: str, tmp_path: Path) 
         )
         def travels(sizes: list[int], skipped: bool) -> None:
             parts = [os.urandom(size) for size in sizes]
-            sent = threading.Thread(target=source.send, args=(FROM_SOURCE[2], [memoryview(part) for part in parts]))
+            sent = threading.Thread(target=source.send, args=(FROM_SOURCE[3], [memoryview(part) for part in parts]))
             sent.start()
-            assert target.receive() == FROM_SOURCE[2]
+            assert target.receive() == FROM_SOURCE[3]
             if skipped:
                 target.discard(sum(sizes))
             else:
@@ -114,7 +114,7 @@ def test_payload_of_any_cut_follows_its_message(transport: str, tmp_path: Path) 
         LENGTH.pack(MAX_CONTROL_BYTES + 1),
         LENGTH.pack(2) + b"\xc1\xc1",
         LENGTH.pack(0),
-        encode_frame(PushWelcome(1)),
+        encode_frame(Go("r1", b"nonce")),
     ],
     ids=["cut content", "cut header", "too long", "garbage", "nothing", "wrong direction"],
 )
@@ -128,7 +128,7 @@ def test_what_breaks_the_rules_is_a_protocol_error(transport: str, sent: bytes, 
 
 def test_payload_that_ends_early_is_a_protocol_error(tmp_path: Path) -> None:
     with joined("tcp", tmp_path) as (source, target):
-        source.send(FROM_SOURCE[2], [memoryview(bytes(99))])
+        source.send(FROM_SOURCE[3], [memoryview(bytes(99))])
         source.end_sending()
         target.receive()
         with pytest.raises(ProtocolError, match="in the middle"):

@@ -33,11 +33,12 @@ from diptych.bench.report import fingerprint, number, table
 from diptych.core.blocks import BlockId
 from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.transfer.digest import unit_digests
+from diptych.transfer.sender import NUM_STREAMS
 from diptych.transfer.session import KVSource, KVTarget
 
 MIB = 1 << 20
 NUM_LAYERS = 8
-EQUAL = "64 KiB pages, scattered"  # what re-sharded ones are held against
+EQUAL = ("64 KiB pages, scattered", "16 KiB pages, scattered")  # what re-sharded ones are held against
 SOCKET_BUFFER_BYTES = 128 << 10  # what iperf3 sends and receives at a time
 TIMEOUT = 60
 
@@ -59,8 +60,8 @@ def _layout(heads: int = 8, **cut: int) -> KVLayout:
 WIDE, NARROW = _layout(), _layout(heads=2)
 SHAPES = {
     "64 KiB pages, consecutive": Shape(WIDE, WIDE, scattered=False),
-    EQUAL: Shape(WIDE, WIDE, scattered=True),
-    "16 KiB pages, scattered": Shape(NARROW, NARROW, scattered=True),
+    EQUAL[0]: Shape(WIDE, WIDE, scattered=True),
+    EQUAL[1]: Shape(NARROW, NARROW, scattered=True),
     "TP 4 -> 1, scattered": Shape(_layout(tensor_parallel=4), WIDE, scattered=True),
     "TP 1 -> 4, scattered": Shape(WIDE, _layout(tensor_parallel=4), scattered=True),
     "block 16 -> 32, scattered": Shape(WIDE, _layout(block_size=32), scattered=True),
@@ -285,33 +286,52 @@ def _rotated(names: list[str], by: int) -> list[str]:
 def markdown(machine: Fields, rows: Sequence[Fields]) -> str:
     """The report as one page."""
     header = ["KV", "pages", "rounds", "memcpy", "shm", "shm / memcpy", "raw socket, in place", "raw socket, reused"]
-    header += ["tcp", "tcp / best raw", "digest pass / shm", "digest pass / tcp"]
+    header += [
+        "tcp",
+        "tcp / best raw",
+        "shm / equal pairs",
+        "tcp / equal pairs",
+        "digest pass / shm",
+        "digest pass / tcp",
+    ]
     cells = []
     for row in rows:
         rate = {name: number(value) for name, value in row["gb_per_second"].items()}
-        kind = "scattered" if row["scattered"] else "consecutive"
         shares = [f"{row[name]:.0%}" for name in ("digest_of_shm", "digest_of_tcp")]
+        beside = [_beside_equal_pairs(row, rows, way) for way in ("shm", "tcp")]
         cells.append(
-            [f"{row['mib']} MiB", f"{row['page_kib']} KiB {kind}", row["rounds"], rate["memcpy"], rate["shm"]]
+            [f"{row['mib']} MiB", row["shape"], row["rounds"], rate["memcpy"], rate["shm"]]
             + [f"{row['shm_of_memcpy']:.2f}", rate["raw in place"], rate["raw reused"], rate["tcp"]]
-            + [f"{row['tcp_of_raw']:.2f}", *shares]
+            + [f"{row['tcp_of_raw']:.2f}", *beside, *shares]
         )
     return f"""# The hand-off beside memcpy and raw sockets
 
 Made by `{machine["command"]}` on {machine["date"]}, commit {machine["git_commit"]}. {machine["cpu"]},
 {machine["cores"]} cores, {machine["memory_gib"]} GiB, {machine["platform"]}, Python {machine["python"]};
-load average before the run {machine["load_before"]:.1f}.
+load average before the run {machine["load_before"]:.1f}, after it {machine["load_after"]:.1f}.
 
 {table(header, cells)}
 
 Rates in GB/s, medians of rounds in which every column takes its turn. A hand-off goes from one process to
-another, as one session of {NUM_LAYERS} layers over one connection (several streams are not built), from the first push
-until the target has verified every page and accepted. memcpy is numpy's `copyto` of as many bytes, within one
+another, as one session of {NUM_LAYERS} layers over a link of {NUM_STREAMS} connections, from the first push
+until the target has verified every unit and accepted. memcpy is numpy's `copyto` of as many bytes, within one
 process. The raw socket is our own loopback measurement over TCP ({_iperf3()}): once from and into
 memory as large as the KV, and once from and into one buffer of {SOCKET_BUFFER_BYTES >> 10} KiB, as iperf3 does it,
 which stays in the cache. A digest pass reads every page once, alone; a hand-off makes two, one on each side, beside the
 copying.
+
+The last rows of each size re-shard. Beside equal pairs: how fast they are as a share of the same bytes between two
+equal layouts with scattered pages, of 64 KiB and of 16 KiB (the pages of each rank of TP 4). Re-sharding
+cuts pages of both sizes into ranges of 8 KiB (TP) or 4 KiB (block size).
 """
+
+
+def _beside_equal_pairs(row: Fields, rows: Sequence[Fields], way: str) -> str:
+    """Rates as shares of those between equal layouts."""
+    equal = {other["shape"]: other for other in rows if other["mib"] == row["mib"]}
+    if SHAPES[row["shape"]].source == SHAPES[row["shape"]].target or not set(EQUAL) <= equal.keys():
+        return ""
+    return ", ".join(f"{row['gb_per_second'][way] / equal[name]['gb_per_second'][way]:.2f}" for name in EQUAL)
 
 
 def _iperf3() -> str:
@@ -325,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options: Any = parser.parse_args(arguments)
     machine = {**fingerprint("make bench-handoff"), "load_before": os.getloadavg()[0]}
     rows = [measure(case) for case in CASES if case.mib <= options.max_mib]
+    machine["load_after"] = os.getloadavg()[0]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "handoff.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     report = markdown(machine, rows)

@@ -50,10 +50,11 @@ class KVEndpoint:
     """Where a decode worker takes pages in: `address` is where its data channel listens.
 
     With transport "shm" that is `unix:PATH`, and the worker passes a descriptor of its KV memory over it;
-    with "tcp" it is `tcp:HOST:PORT` or `tls:HOST:PORT`, and pages follow in the frames.
+    with "tcp" it is `tcp:HOST:PORT` or `tls:HOST:PORT`, and pages follow in the frames. With "nixl" it is
+    `tcp:HOST:PORT`, and NIXL writes the pages; with "fastest" it does so if the source finds that faster.
     """
 
-    transport: str  # "shm" | "tcp"
+    transport: str  # "shm" | "tcp" | "nixl" | "fastest"
     address: str
 
 

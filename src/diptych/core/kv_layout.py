@@ -22,6 +22,7 @@ changing fastest (the order in which vLLM and Megatron-LM number them):
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -153,8 +154,13 @@ class KVLayout:
     @property
     def digest(self) -> str:
         """A short name for this exact layout."""
-        canonical = repr(sorted(asdict(self).items())).encode()
-        return hashlib.blake2b(canonical, digest_size=8).hexdigest()
+        return _digest(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(layout: KVLayout) -> str:
+    canonical = repr(sorted(asdict(layout).items())).encode()
+    return hashlib.blake2b(canonical, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from diptych.core.errors import AuthenticationFailed, DiptychError, OverloadedError, RequestError, ServingError
+from diptych.core.errors import AuthenticationFailed, DiptychError, OverloadedError, RequestError
 from diptych.front.json_body import printable
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 
 INTERNAL_ERROR = DiptychError("internal error")
 TIMED_OUT = "_timeout"  # what codes of deadlines of ours end with
+QUEUE_TIMEOUT = "queue_timeout"  # nobody had room: 503
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -33,9 +34,8 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 
 def status_of(error: DiptychError) -> int:
     """The HTTP status. A deadline that passed on our side is 504 (one that the client missed is 408 by itself)."""
-    if isinstance(error, ServingError) and error.code.endswith(TIMED_OUT):
-        return HTTPStatus.GATEWAY_TIMEOUT
-    return error.status
+    timed_out = error.status >= 500 and error.code.endswith(TIMED_OUT) and error.code != QUEUE_TIMEOUT
+    return HTTPStatus.GATEWAY_TIMEOUT if timed_out else error.status
 
 
 def error_body(error: DiptychError) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from diptych.policy.placement import Avoid, Place, Placement, loads_of
 from diptych.policy.recovery import POISON_CRASHES
 from diptych.policy.retry_budget import RetryBudget, wait_before_retry
 from diptych.policy.routing import WorkerLoad
+from diptych.policy.saturation import Pending
 
 
 class Attempts:
@@ -33,12 +34,21 @@ class Attempts:
         self._budget = budget
         self._num_canaries = 0
 
-    def all(self) -> list[LiveRequest]:
-        return [*self.running.values(), *self.waiting.values()]
-
     def loads(self) -> dict[WorkerId, WorkerLoad]:
         """What each worker has been given and not finished."""
         return loads_of(live for live in self.running.values() if live.probes is None)
+
+    def pending(self) -> list[Pending]:
+        """Attempts that have been given to workers and have no first token yet."""
+        return [
+            Pending(live.route.prefill or live.route.decode, live.route.decode, live.prefill_tokens)
+            for live in self.running.values()
+            if live.route is not None and live.prefill_tokens
+        ]
+
+    def canaries(self) -> list[LiveRequest]:
+        """Those under way."""
+        return [live for live in self.running.values() if live.probes is not None]
 
     # beginning
 
@@ -66,9 +76,8 @@ class Attempts:
         return Avoid(self._health.workers.blocked().union(more), self._health.pairs.blocked())
 
     def spend(self, live: LiveRequest, now: float) -> bool:
-        """Whether the budget has an attempt for it. The first attempt, and the first repetition of one that had got
-        on, are free: there are never more of them than requests. What is repeated again and again is paid for."""
-        return live.retries <= 1 or self._budget.take(now)
+        """Take its next attempt out of the budget; False if there is none for it."""
+        return not _costs(live) or self._budget.take(now)
 
     def begin(self, live: LiveRequest, place: Place, now: float) -> RouterAction:
         """Have the place's workers begin with the log as it is."""
@@ -89,8 +98,8 @@ class Attempts:
         return [worker for worker in self._placement.ready() if worker.worker_id not in blocked]
 
     def _must_wait(self, live: LiveRequest, now: float) -> bool:
-        """Its back-off is not over, or it is on trial and has to be tried alone."""
-        if live.not_before > now:
+        """Its back-off is not over, the budget is spent, or it is on trial and has to be tried alone."""
+        if live.not_before > now or (_costs(live) and not self._budget.has(now)):
             return True
         return _on_trial(live) and any(_on_trial(other) for other in self.running.values())
 
@@ -144,6 +153,12 @@ class Attempts:
         times = [live.not_before for live in self.waiting.values() if live.not_before > now]
         probe = self._health.next_due(now)
         return min(times if probe is None else [*times, probe], default=None)
+
+
+def _costs(live: LiveRequest) -> bool:
+    """The first attempt, and the first repetition of one that had got on, are free: there are never more of them than
+    requests. What is repeated again and again is paid for."""
+    return live.retries > 1
 
 
 def _on_trial(live: LiveRequest) -> bool:

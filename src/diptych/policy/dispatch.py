@@ -46,7 +46,7 @@ from diptych.policy.prefix_index import PrefixIndex
 from diptych.policy.recovery import POISON, POISON_CRASHES, SETTLE_SECONDS, Fault, RecoverySettings, fault
 from diptych.policy.retry_budget import RetryBudget
 from diptych.policy.routing import Routing, WorkerLoad
-from diptych.policy.saturation import Pending, Room
+from diptych.policy.saturation import Room
 
 
 class RouterPolicy:
@@ -186,12 +186,7 @@ class RouterPolicy:
         return actions
 
     def _room(self) -> Room:
-        pending = (
-            Pending(live.route.prefill or live.route.decode, live.route.decode, live.prefill_tokens)
-            for live in self._attempts.running.values()
-            if live.route is not None and live.prefill_tokens
-        )
-        return Room(self.workers.values(), pending, self._limits.room)
+        return Room(self.workers.values(), self._attempts.pending(), self._limits.room)
 
     def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes, now: float) -> list[RouterAction]:
         live = self._attempts.running.get(request_id)
@@ -314,7 +309,7 @@ class RouterPolicy:
         died = self._draining.pop(worker_id, None) is None
         self._placement.index.forget_worker(worker_id)
         self.health.gone(worker_id, now, died=died)
-        for live in self._attempts.all():
+        for live in self.live.values():
             live.kv_at.pop(worker_id, None)
         actions: list[RouterAction] = []
         for live in list(self._attempts.running.values()):
@@ -354,8 +349,7 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         for worker_id in list(self._draining):
             actions += self._move_off(self.workers[worker_id], now)
-        canaries = [live for live in self._attempts.running.values() if live.probes is not None]
-        for live in [*self.live.values(), *canaries]:
+        for live in [*self.live.values(), *self._attempts.canaries()]:
             actions += self._check_deadlines(live, now)
         return actions
 

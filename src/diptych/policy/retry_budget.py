@@ -27,10 +27,14 @@ class RetryBudget:
         """A request was accepted: it brings its share."""
         self._refill(now, self._share)
 
+    def has(self, now: float) -> bool:
+        """Whether there is one repetition left."""
+        self._refill(now)
+        return self._tokens >= 1.0
+
     def take(self, now: float) -> bool:
         """Spend one repetition; False if there is none left."""
-        self._refill(now)
-        if self._tokens < 1.0:
+        if not self.has(now):
             return False
         self._tokens -= 1.0
         return True

@@ -98,14 +98,14 @@ class Router:
 
     def check(self, tenant: str) -> None:
         """Raises OverloadedError or UnavailableError if no request of this tenant would be accepted."""
+        self._check_not_ending()
         error = self._policy.check(tenant)
         if error is not None:
             raise error
 
     def submit(self, request: Request) -> RequestStream:
         """Accept a request. Raises OverloadedError or UnavailableError."""
-        if self._draining:
-            raise UnavailableError("the server is about to end", retry_after=RESTART_SECONDS, code="draining")
+        self._check_not_ending()
         actions = self._decide(RequestSubmitted(request))
         live = self._policy.live.get(request.request_id)
         if live is None:
@@ -136,6 +136,10 @@ class Router:
         """A pair, or a worker that does both, is ready and trusted, and the server is not about to end."""
         roles = {worker.role for worker in self._policy.serving()}
         return not self._draining and (Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles)
+
+    def _check_not_ending(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is about to end", retry_after=RESTART_SECONDS, code="draining")
 
     # for the composition
 
@@ -236,6 +240,7 @@ class Router:
             case messages.Granted(request_id, ticket, cached):
                 self._handle(TicketGranted(worker_id, request_id, ticket, cached))
             case messages.Failed(request_id, code, text):
+                log.info("worker %s could not go on with %s: %s (%s)", worker_id, request_id, text, code)
                 self._handle(RequestFailed(worker_id, request_id, code, text))
             case messages.KVEvents(stored, evicted):
                 self._handle(BlocksCached(worker_id, tuple(stored), tuple(evicted)))

@@ -159,7 +159,7 @@ class Router:
         self._plan_ticks()
         while self._ended:
             client = self._ended.pop()
-            for worker_id in client.workers:
+            for worker_id in sorted(client.workers):  # in an order that a seed fixes
                 self._send(worker_id, messages.Over(client.request_id))
 
     def _plan_ticks(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
@@ -55,7 +55,10 @@ class FaultyWriter:
             piece = replace(piece, target=piece.target.part(0, len(wrong)))
         return self._writer.write(transfer, piece, layer, memoryview(wrong))
 
-    def _spoil(self, content: bytes, ends: tuple[int, ...], fault: Fault) -> bytes:
+    def close(self) -> None:
+        self._writer.close()
+
+    def _spoil(self, content: bytes, ends: Sequence[int], fault: Fault) -> bytes:
         units = [content[start:end] for start, end in zip((0, *ends), ends, strict=False)]
         victim = self._random.randrange(len(units))
         match fault:

@@ -1,11 +1,9 @@
 """In what portions a plan's bytes are moved.
 
-A frame is a message and the units (`policy.digest_units`) that it announces, consecutive ones of one pair of
-ranks in one layer: large, since it costs both sides a few system calls, but not the whole layer, so that the
-target can verify one while the next is being written, and several streams can share the work.
-
-A piece is what is copied in one go, and hashed while it is still in the core's cache, which takes about half
-the time of hashing it before or later.
+A piece is what one message announces: consecutive units (`policy.digest_units`) of one pair of ranks in one
+layer. It is large, since it costs both sides a few system calls, but not the whole layer, so that the target can
+verify one while the next is being written, several streams can share the work, and what has been copied is
+hashed while it is still in a cache.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ import numpy as np
 from diptych.core.kv_layout import ByteRange, KVLayout, LayerTransfer, TransferPlan
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import HeadPair, head_pairs
-from diptych.transfer.places import LONG_RUN_BYTES, Numbers, Places, Span
+from diptych.transfer.places import Copy, Places, Span, copies
 
-FRAME_BYTES = 1 << 20
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,89 +60,51 @@ class Units:
 class Piece:
     """Some units on their way: where they lie at the source and at the target, and where each of them ends.
 
-    `spans` is where each of them lies at the source, if that is in one run each. `copies` are the runs that are
-    contiguous on both sides (from, to at the source, from, to at the target), if they are long enough to be
-    copied one by one."""
+    `spans` is where each of them lies at the source, if that is in one run each. `copies` is how to bring them
+    over one by one, if those are not too many."""
 
+    first_group: int
     source: Places
     target: Places
-    unit_ends: tuple[int, ...]
+    unit_ends: list[int]
     spans: list[Span] | None
-    copies: list[tuple[int, int, int, int]] | None
+    copies: list[Copy] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Frame:
-    first_group: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.source.nbytes for piece in self.pieces)
-
-
-class PairFrames:
-    """The frames of one pair of a plan. All layers share them; they are made when the first one is wanted."""
+class PairPieces:
+    """The pieces of one pair of a plan. All layers share them; they are made when the first one is wanted."""
 
     def __init__(self, units: Units, ranges: Sequence[ByteRange]) -> None:
         self._units = units
         self._ranges = ranges
-        self._parts = units.cut(units.groups, FRAME_BYTES)
-        self._frames: list[Frame] = []
+        self._parts = units.cut(units.groups, PIECE_BYTES)
+        self._pieces: list[Piece] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, index: int) -> Frame:
+    def __getitem__(self, index: int) -> Piece:
         with self._lock:
-            if not self._frames:
-                self._frames = self._cut()
-            return self._frames[index]
+            if not self._pieces:
+                self._pieces = self._cut()
+            return self._pieces[index]
 
-    def _cut(self) -> list[Frame]:
+    def _cut(self) -> list[Piece]:
         spans = [(span.source_offset, span.target_offset, span.length) for span in self._ranges]
         source, target, lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-        whole = _Both(Places(source, lengths), Places(target, lengths), source, target, np.cumsum(lengths))
-        return [self._frame(groups, whole) for groups in self._parts]
-
-    def _frame(self, groups: range, whole: _Both) -> Frame:
+        sides = Places(source, lengths), Places(target, lengths)
         pieces = []
-        for part in self._units.cut(groups, PIECE_BYTES):
-            start, stop = self._units.end(part.start - 1), self._units.end(part.stop - 1)
-            source, ends = whole.source.part(start, stop), self._units.ends(part)
-            target, copies = whole.target.part(start, stop), whole.copies(start, stop)
-            pieces.append(Piece(source, target, tuple(ends), source.spans(ends), copies))
-        return Frame(groups.start, tuple(pieces))
+        for groups in self._parts:
+            start, stop = self._units.end(groups.start - 1), self._units.end(groups.stop - 1)
+            ours, theirs = (side.part(start, stop) for side in sides)
+            ends = self._units.ends(groups)
+            pieces.append(Piece(groups.start, ours, theirs, ends, ours.spans(ends), copies(ours, theirs)))
+        return pieces
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Both:
-    """A pair's ranges as arrays: of each range, where it begins on both sides, and where it ends in the stream."""
-
-    source: Places
-    target: Places
-    source_starts: Numbers
-    target_starts: Numbers
-    ends: Numbers
-
-    def copies(self, start: int, stop: int) -> list[tuple[int, int, int, int]] | None:
-        """Bytes [start, stop) of the stream as contiguous copies; None if they are short."""
-        first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
-        if stop - start < LONG_RUN_BYTES * (last + 1 - first):
-            return None
-        ends = np.minimum(self.ends[first : last + 1], stop)
-        begins = np.concatenate(([start], ends[:-1]))
-        lengths = ends - begins
-        into = np.zeros_like(begins)  # the first range may have begun before
-        into[0] = start - (self.ends[first - 1] if first else 0)
-        ours, theirs = (starts[first : last + 1] + into for starts in (self.source_starts, self.target_starts))
-        columns = (ours, ours + lengths, theirs, theirs + lengths)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-class PlanFrames:
-    """A plan's frames. Raises ValueError if it is not a plan from this layout to the ticket's, or if it cuts a
+class PlanPieces:
+    """A plan's pieces. Raises ValueError if it is not a plan from this layout to the ticket's, or if it cuts a
     unit in two."""
 
     def __init__(self, plan: TransferPlan, source: KVLayout, claims: TicketClaims) -> None:
@@ -164,11 +123,11 @@ class PlanFrames:
             self._transfers.setdefault(transfer.layer, []).append(transfer)
         first = next(iter(self._transfers.values()), [])
         self._pairs = [
-            PairFrames(Units.of(source, target, pair, tokens), transfer.ranges)
+            PairPieces(Units.of(source, target, pair, tokens), transfer.ranges)
             for pair, transfer in zip(pairs, first, strict=False)
         ]
 
-    def of_layer(self, layer: int) -> Iterator[tuple[int, LayerTransfer, PairFrames]]:
-        """(number of the pair, who to whom, frames) for each pair of ranks."""
-        for pair, (transfer, frames) in enumerate(zip(self._transfers.get(layer, ()), self._pairs, strict=False)):
-            yield pair, transfer, frames
+    def of_layer(self, layer: int) -> Iterator[tuple[int, LayerTransfer, PairPieces]]:
+        """(number of the pair, who to whom, pieces) for each pair of ranks."""
+        for pair, (transfer, pieces) in enumerate(zip(self._transfers.get(layer, ()), self._pairs, strict=False)):
+            yield pair, transfer, pieces

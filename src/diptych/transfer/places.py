@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from diptych.core.errors import TransferError
 from diptych.core.kv_layout import SequenceKV
 
-LONG_RUN_BYTES = 16 << 10  # from here on, a Python loop over runs is faster than moving every byte twice
+LONG_RUN_BYTES = 16 << 10  # from here on, runs are worth being sent and received one by one
+LONG_COPY_BYTES = 32 << 10  # from here on, a Python loop over copies is faster than moving every byte twice
 
 Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -38,7 +39,7 @@ class Places:
         self.ends: Numbers = np.cumsum(lengths)  # of the runs, in the stream
         self.nbytes = int(self.ends[-1]) if len(starts) else 0
         self._extent = (int(starts.min()), int((starts + lengths).max())) if len(starts) else (0, 0)
-        self._rows: tuple[int, Any, Numbers] | None = None
+        self._rows: tuple[int, int, Numbers] | None = None
 
     @property
     def is_one(self) -> bool:
@@ -58,11 +59,17 @@ class Places:
         """Where the units lie that end at `ends` of the stream; None if one of them is not in one run."""
         stops = np.asarray(ends, dtype=np.int64)
         begins = np.concatenate(([0], stops[:-1]))
-        runs = np.searchsorted(self.ends, begins, side="right")
-        if (self.ends[runs] < stops).any():
+        if (
+            np.searchsorted(self.ends, begins, side="right") != np.searchsorted(self.ends, stops - 1, side="right")
+        ).any():
             return None
-        starts = self.starts[runs] + begins - (self.ends[runs] - self.lengths[runs])
+        starts = self.locate(begins)
         return list(zip(starts.tolist(), (starts + stops - begins).tolist(), strict=True))
+
+    def locate(self, positions: Numbers) -> Numbers:
+        """Where bytes at these positions of the stream lie."""
+        runs = np.searchsorted(self.ends, positions, side="right")
+        return self.starts[runs] - (self.ends[runs] - self.lengths[runs]) + positions
 
     def part(self, start: int, stop: int) -> Places:
         """Bytes [start, stop) of the stream."""
@@ -86,26 +93,70 @@ class Places:
 
     def gather(self, layer: memoryview, into: memoryview) -> None:
         """Copy the stream out of a layer. (`into` has its size.)"""
-        dtype, rows = self._row_index(len(layer))
-        np.take(np.frombuffer(layer, dtype), rows, out=np.frombuffer(into, dtype), mode="clip")
+        size, rows = self._row_index(len(layer))
+        row = np.dtype((np.void, size))
+        np.take(np.frombuffer(layer, row), rows, out=np.frombuffer(into, row), mode="clip")
 
     def scatter(self, content: memoryview, layer: memoryview) -> None:
         """Copy the stream into a layer. (`content` has its size.)"""
-        dtype, rows = self._row_index(len(layer))
-        np.frombuffer(layer, dtype)[rows] = np.frombuffer(content, dtype)
+        size, rows = self._row_index(len(layer))
+        there = np.frombuffer(layer, np.uint8).reshape(-1, size)
+        there[rows] = np.frombuffer(content, np.uint8).reshape(-1, size)
 
-    def _row_index(self, layer_bytes: int) -> tuple[Any, Numbers]:
+    def _row_index(self, layer_bytes: int) -> tuple[int, Numbers]:
         """The layer as rows of one size, and which of them these bytes are."""
         known = self._rows
         if known is None or known[0] != layer_bytes:
             self.check(layer_bytes)
             size = int(np.gcd.reduce(np.concatenate((self.starts, self.lengths, [layer_bytes]))))
-            known = self._rows = (
-                layer_bytes,
-                np.dtype((np.void, size)),
-                _spread(self.starts // size, self.lengths // size),
-            )
+            known = self._rows = layer_bytes, size, _spread(self.starts // size, self.lengths // size)
         return known[1], known[2]
+
+
+class Copy(NamedTuple):
+    """`times` runs of `length` bytes, at even distances on both sides."""
+
+    times: int
+    length: int
+    source: int
+    source_step: int
+    target: int
+    target_step: int
+
+    def carry_out(self, source: Bytes, target: Bytes) -> None:
+        """Copy now. (Within numpy, which lets other threads run meanwhile.)"""
+        if self.times == 1:
+            target[self.target : self.target + self.length] = source[self.source : self.source + self.length]
+            return
+        shape = self.times, self.length
+        there = np.ndarray(shape, np.uint8, target, self.target, (self.target_step, 1))
+        there[...] = np.ndarray(shape, np.uint8, source, self.source, (self.source_step, 1))
+
+
+def copies(source: Places, target: Places) -> list[Copy] | None:
+    """How a stream gets from its places in one layer to those in another; None if that takes many short copies."""
+    ends = _merged(source.ends, target.ends)
+    begins = np.concatenate(([0], ends[:-1]))
+    columns = (ends - begins, source.locate(begins), target.locate(begins))
+    ranges = list(zip(*(column.tolist() for column in columns), strict=True))
+    found: list[Copy] = []
+    most = max(source.nbytes // LONG_COPY_BYTES, 1)
+    index = 0
+    while index < len(ranges):
+        if len(found) == most:
+            return None
+        length, ours, theirs = ranges[index]
+        count, steps = 1, (length, length)
+        while index + count < len(ranges):
+            longer, later_ours, later_theirs = ranges[index + count]
+            _, last_ours, last_theirs = ranges[index + count - 1]
+            step = later_ours - last_ours, later_theirs - last_theirs
+            if longer != length or min(step) < length or (count > 1 and step != steps):
+                break
+            count, steps = count + 1, step
+        found.append(Copy(count, length, ours, steps[0], theirs, steps[1]))
+        index += count
+    return found
 
 
 def _spread(firsts: Numbers, counts: Numbers) -> Numbers:
@@ -132,3 +183,11 @@ def places_of(kv: SequenceKV, heads: range, tokens: range, other_block_size: int
     )
     lengths = np.repeat(counts * layout.vector_bytes, len(pieces))
     return Places((runs[:, None] + pieces).reshape(-1), lengths)
+
+
+def _merged(*edges: Numbers) -> Numbers:
+    """All of them, ascending, each once. (np.unique takes longer.)"""
+    together: Numbers = np.sort(np.concatenate(edges))
+    fresh = np.ones(len(together), dtype=bool)
+    np.not_equal(together[1:], together[:-1], out=fresh[1:])
+    return together[fresh]

@@ -24,7 +24,7 @@ from diptych.core.ports import PageSource
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
-from diptych.transfer.pieces import PairFrames, PlanFrames
+from diptych.transfer.pieces import PairPieces, PlanPieces
 from diptych.transfer.streams import Connection, Endpoint, Identity, Stream, connect, introduce
 from diptych.transfer.writers import InlineWriter, PageWriter
 from diptych.wire.blocking import STALL_SECONDS
@@ -53,12 +53,12 @@ class _Push:
 
 
 @dataclass(frozen=True, slots=True)
-class _FrameJob:
-    """One frame of one layer, out of these memories."""
+class _PieceJob:
+    """One piece of one layer, out of these memories."""
 
     transfer: LayerTransfer
     pair: int
-    frames: PairFrames
+    pieces: PairPieces
     index: int
     sources: Sequence[PageSource] | Mapping[int, PageSource]
 
@@ -98,7 +98,7 @@ class PushLink:
         self._working = 1  # threads that take jobs
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._writer: PageWriter = InlineWriter()
-        self._frames: PlanFrames | None = None  # of the last plan
+        self._pieces: PlanPieces | None = None  # of the last plan
         self._streams = [Stream() for _ in range(num_streams)]
         self._reader: threading.Thread | None = None
         self._threads = [
@@ -123,12 +123,12 @@ class PushLink:
         """Send one layer's pages of a plan, of all its pairs of ranks, out of `sources` (by default the link's own).
 
         Raises ValueError if the plan is not one from this link's layout to the ticket's, or cuts a unit in two."""
-        cut = self._frames_of(plan, claims)
+        cut = self._pieces_of(plan, claims)
         push = self._open(request_id, claims)
         from_ranks = self._sources if sources is None else sources
-        for pair, transfer, pair_frames in cut.of_layer(layer):
-            for index in range(len(pair_frames)):
-                job = _FrameJob(transfer, pair, pair_frames, index, from_ranks)
+        for pair, transfer, pieces in cut.of_layer(layer):
+            for index in range(len(pieces)):
+                job = _PieceJob(transfer, pair, pieces, index, from_ranks)
                 with self._lock:
                     push.num_frames += 1
                 self._queue(push, functools.partial(self._send_pages, job))
@@ -152,11 +152,11 @@ class PushLink:
         for thread in self._threads:
             thread.join()
 
-    def _frames_of(self, plan: TransferPlan, claims: TicketClaims) -> PlanFrames:
+    def _pieces_of(self, plan: TransferPlan, claims: TicketClaims) -> PlanPieces:
         """How a plan is cut. All its layers are pushed with it, mostly one after the other."""
-        known = self._frames
+        known = self._pieces
         if known is None or known.plan is not plan:
-            known = self._frames = PlanFrames(plan, self._layout, claims)
+            known = self._pieces = PlanPieces(plan, self._layout, claims)
         return known
 
     def _open(self, request_id: str, claims: TicketClaims) -> _Push:
@@ -212,6 +212,8 @@ class PushLink:
         with self._lock:
             self._working -= 1
             self._ended = last = self._working == 0
+        if last:
+            self._writer.close()
         while last and not self._jobs.empty():  # who had not heard of the end yet is told that it is over
             self._guarded(self._jobs.get() or _no_job, stream)
 
@@ -228,7 +230,7 @@ class PushLink:
     def _connect(self, stream: Stream) -> None:
         connection = connect(self._endpoint, self._identity)
         try:
-            welcome, writer = introduce(connection, self._endpoint, self._identity, self._layout)
+            welcome, writer = introduce(connection, self._endpoint, self._identity, self._sources)
             self._writer = self._wrap(writer)
         except BaseException:
             connection.close()
@@ -288,16 +290,16 @@ class PushLink:
             self._begin(push)
         return not push.over
 
-    def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
+    def _send_pages(self, job: _PieceJob, push: _Push, stream: Stream) -> None:
         if not self._may_go_on(push):
             return
-        claims, transfer, frame = push.claims, job.transfer, job.frames[job.index]
-        digests, payload = stream.write(self._writer, transfer, frame, job.sources[transfer.source_rank])
+        claims, transfer, piece = push.claims, job.transfer, job.pieces[job.index]
+        digests, payload = stream.write(self._writer, transfer, piece, job.sources[transfer.source_rank])
         nbytes = sum(map(len, payload))
         if self.lost:
             return
         about = claims.request_id, claims.nonce, claims.epoch
-        stream.send(frames.Pages(*about, transfer.layer, job.pair, frame.first_group, digests, nbytes), payload)
+        stream.send(frames.Pages(*about, transfer.layer, job.pair, piece.first_group, digests, nbytes), payload)
         failpoint("push.layer_sent")
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 from diptych.core.errors import HandshakeError, TransferError
 from diptych.core.fleet import KVEndpoint, WorkerId
-from diptych.core.kv_layout import KVLayout, LayerTransfer
+from diptych.core.kv_layout import LayerTransfer
 from diptych.core.ports import PageSource
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
 from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
-from diptych.transfer.pieces import Frame, Piece
-from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter
+from diptych.transfer.nixl import TRANSPORTS
+from diptych.transfer.nixl_link import nixl_writer
+from diptych.transfer.pieces import Piece
+from diptych.transfer.places import Places
+from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter, Payload
 from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
@@ -44,10 +47,12 @@ def connect(endpoint: Endpoint, identity: Identity) -> Connection:
 
 
 def introduce(
-    connection: Connection, endpoint: Endpoint, identity: Identity, layout: KVLayout
+    connection: Connection, endpoint: Endpoint, identity: Identity, sources: Sequence[PageSource]
 ) -> tuple[frames.PushWelcome, PageWriter]:
     """Say who we are, and learn whom we write to, and how. Raises HandshakeError if we are not welcome."""
-    connection.send(frames.PushHello(WIRE_VERSION, identity.worker_id, layout, identity.model_digest))
+    layout = sources[0].layout
+    nixl = isinstance(endpoint, KVEndpoint) and endpoint.transport in TRANSPORTS
+    connection.send(frames.PushHello(WIRE_VERSION, identity.worker_id, layout, identity.model_digest, nixl))
     welcome = connection.receive(STALL_SECONDS)
     if isinstance(welcome, frames.Refused):
         raise HandshakeError(f"it refused the data connection: {welcome.message[:1000]}")
@@ -58,6 +63,8 @@ def introduce(
         raise HandshakeError(f"its KV layout cannot be made from ours: {'; '.join(reasons)}")
     if isinstance(endpoint, LocalEndpoint):
         return welcome, MappedWriter(endpoint.memories)
+    if nixl:
+        return welcome, nixl_writer(connection, welcome, sources, measure=endpoint.transport == "fastest")
     if endpoint.transport != "shm":
         return welcome, InlineWriter()
     if not target.world_size == welcome.num_descriptors <= MAX_RANKS:
@@ -94,31 +101,21 @@ class Stream:
             connection.close()
 
     def write(
-        self, writer: PageWriter, transfer: LayerTransfer, frame: Frame, source: PageSource
-    ) -> tuple[bytes, list[memoryview]]:
-        """Move one frame's pages; returns the digests of its units, and the bytes for the frame itself."""
+        self, writer: PageWriter, transfer: LayerTransfer, piece: Piece, source: PageSource
+    ) -> tuple[bytes, Payload]:
+        """Move one piece; returns the digests of its units, and the bytes for the frame itself."""
         layer = source.layer(transfer.layer)
-        digests: list[bytes] = []
-        payload: list[memoryview] = []
-        room = 0
-        for piece in frame.pieces:
-            piece.source.check(len(layer))
-            staged = None
-            if writer.needs_staging(piece):
-                staged = self._stage(piece, layer, room, frame.nbytes)
-            inline = writer.write(transfer, piece, layer, staged)
-            digests.append(_digests(piece, layer, staged))  # after the copy, which has brought it into the cache
-            if inline:
-                payload += inline
-                room += piece.source.nbytes
-        return b"".join(digests), payload
+        piece.source.check(len(layer))
+        staged = self._stage(piece.source, layer) if writer.needs_staging(piece) else None
+        payload = writer.write(transfer, piece, layer, staged)
+        return _digests(piece, layer, staged), payload  # after the copy, which has brought it into the cache
 
-    def _stage(self, piece: Piece, layer: memoryview, room: int, frame_bytes: int) -> memoryview:
-        """Gather a piece into the scratch memory, after what is still to be sent from there."""
-        if len(self._scratch) < frame_bytes:
-            self._scratch = memoryview(bytearray(frame_bytes))
-        staged = self._scratch[room : room + piece.source.nbytes]
-        piece.source.gather(layer, staged)
+    def _stage(self, places: Places, layer: memoryview) -> memoryview:
+        """Gather scattered bytes. Good until the next time."""
+        if len(self._scratch) < places.nbytes:
+            self._scratch = memoryview(bytearray(places.nbytes))
+        staged = self._scratch[: places.nbytes]
+        places.gather(layer, staged)
         return staged
 
 

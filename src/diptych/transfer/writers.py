@@ -29,6 +29,10 @@ class PageWriter(Protocol):
         target's memory."""
         ...
 
+    def close(self) -> None:
+        """No thread writes any more."""
+        ...
+
 
 class MappedWriter:
     """Into memory that this process can address (shared memory, or its own); `memories` in order of ranks."""
@@ -50,13 +54,16 @@ class MappedWriter:
             piece.target.scatter(staged, there)
         elif piece.copies is not None:
             source, target = np.frombuffer(layer, np.uint8), np.frombuffer(there, np.uint8)
-            for start, stop, begin, end in piece.copies:  # numpy lets other threads run while it copies
-                target[begin:end] = source[start:stop]
+            for copy in piece.copies:
+                copy.carry_out(source, target)
         elif piece.source.is_one:
             piece.target.scatter(piece.source.views(layer)[0], there)
         else:
             piece.source.gather(layer, piece.target.views(there)[0])
         return ()
+
+    def close(self) -> None:
+        """The mapping goes with its last view."""
 
 
 class InlineWriter:
@@ -71,3 +78,6 @@ class InlineWriter:
     ) -> Payload:
         """What to send, in logical order."""
         return piece.source.views(layer) if staged is None else (staged,)
+
+    def close(self) -> None:
+        """There is nothing to end."""

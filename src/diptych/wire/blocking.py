@@ -42,6 +42,7 @@ class BlockingConnection(Generic[T]):
         self._max_bytes = max_bytes
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
         self._socket = TlsStream(sock, STALL_SECONDS) if isinstance(sock, ssl.SSLSocket) else _blocking(sock)
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
@@ -149,6 +150,13 @@ class BlockingConnection(Generic[T]):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Have the kernel notice, within STALL_SECONDS, that the peer's host is gone, even if nothing is to be sent."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _skip(buffers: list[memoryview], nbytes: int) -> None:

@@ -14,6 +14,7 @@ from diptych.core.ports import Engine
 from diptych.core.request import SampledToken
 from diptych.core.settings import WorkerSettings
 from diptych.core.ticket import TicketClaims
+from diptych.transfer import nixl
 from diptych.transfer.memory import SharedMemory
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.sender import Identity, PushLink
@@ -60,10 +61,23 @@ def _address(transport: str, settings: WorkerSettings) -> str:
     match transport:
         case "shm":
             return f"unix:{settings.run_dir}/{settings.worker_id}-{settings.epoch}-kv.sock"
-        case "tcp":
+        case "tcp" | "nixl" | "fastest":
             return str(TcpAddress(settings.data_host or "127.0.0.1", 0, tls=settings.tls))
         case other:
-            raise ConfigError(f"--transport {other}: one of auto, shm, tcp")
+            raise ConfigError(f"--transport {other}: one of auto, shm, tcp, nixl, fastest")
+
+
+def _offers_nixl(settings: WorkerSettings) -> bool:
+    """Whether sources may write with NIXL. Raises ConfigError if they should, but there is no NIXL, or it must not
+    be used here."""
+    if not nixl.TRANSPORTS.intersection(settings.transports):
+        return False
+    if settings.tls:
+        raise ConfigError("--transport nixl does not go with --tls: NIXL neither encrypts nor authenticates")
+    nixl.load()
+    if settings.data_host in (None, "127.0.0.1", "::1"):
+        nixl.stay_on_this_host()
+    return True
 
 
 class DataPlane:
@@ -86,6 +100,7 @@ class DataPlane:
             memories=kv.memories,
             model_digest=model_digest,
             descriptors=tuple(segment.descriptor for segment in kv.segments),
+            nixl=_offers_nixl(settings),
         )
         self._receiver = KVReceiver(target, self._report)
         self._links: dict[WorkerId, tuple[Epoch, PushLink]] = {}

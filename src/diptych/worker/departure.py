@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 
+from diptych.chaos.failpoints import failpoint
 from diptych.wire import messages
 from diptych.wire.channel import Channel
 
@@ -37,6 +38,7 @@ class Departure:
         await self.wanted.wait()
         log.info("leaving: no new work, and %.0f s for what runs", grace)
         channel.send(messages.Leaving())
+        failpoint("worker.draining")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self.at_once.wait()

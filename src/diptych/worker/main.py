@@ -67,13 +67,13 @@ class End(Enum):
     ROUTER_GONE = auto()
 
 
-async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> None:
-    """Live one worker's life. Returns at an orderly end; raises DiptychError with the reason otherwise."""
+async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> End:
+    """Live one worker's life. Returns how it ended; raises DiptychError with the reason if that was not orderly."""
     departure = Departure()
     channel = await connect(settings.router, settings.key, messages.ToWorker)
     loaded = await load_engine(settings, load, channel)
     with contextlib.closing(loaded.engine):
-        await serve(settings, loaded, channel, functools.partial(departure.take, channel, settings.grace))
+        return await serve(settings, loaded, channel, functools.partial(departure.take, channel, settings.grace))
 
 
 async def load_engine(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: RouterChannel) -> Loaded:
@@ -142,7 +142,6 @@ async def serve(
         finally:
             for task in tasks:
                 task.cancel()
-            failpoint("worker.ending")
             await worker.stop()
             channel.close()
 

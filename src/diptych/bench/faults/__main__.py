@@ -2,7 +2,7 @@
 
     python -m diptych.bench.faults [--only TEXT] [--parallel 4] [--json FILE]
 
-Exit status 1 if something happened that must not. Cases that are known to fail say why, and are counted apart.
+Exit status 1 if something happened that must not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diptych.bench.faults.kill_matrix import boundary_cells, phase_cells
+from diptych.bench.faults.kill_matrix import boundary_cells, grid, phase_cells
 from diptych.bench.faults.link_faults import link_cases
 from diptych.bench.faults.runner import Case, run_all
 
@@ -31,10 +31,9 @@ def main() -> None:
     outcomes = asyncio.run(run_all(cases, arguments.parallel, directory))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([outcome.fields() for outcome in outcomes], indent=2) + "\n")
-    pairs = list(zip(cases, outcomes, strict=True))
-    violated = [case for case, outcome in pairs if outcome.violation and not case.owed]
-    owed = [case for case, outcome in pairs if outcome.violation and case.owed]
-    print(f"{len(outcomes)} cases, {len(violated)} violated, {len(owed)} owed")
+    violated = [outcome for outcome in outcomes if outcome.violation]
+    print(f"\nLongest wait of a client by phase, victim and signal:\n{grid(outcomes)}\n")
+    print(f"{len(outcomes)} cases, {len(violated)} violated")
     sys.exit(1 if violated else 0)
 
 

@@ -25,8 +25,8 @@ from diptych.bench.server import HOST, free_port
 from diptych.engine.scripted import expected_tokens
 
 START_SECONDS = 60.0
-STOP_SECONDS = 25.0
-IDLE_SECONDS = 30.0  # until all KV blocks are back
+STOP_SECONDS = 40.0
+IDLE_SECONDS = 60.0  # until all KV blocks are back
 ANSWER_SECONDS = 200.0  # longer than any deadline inside the fleet
 LOOK_EVERY = 0.05  # seconds between two looks at something that happens by itself
 

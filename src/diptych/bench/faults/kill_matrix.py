@@ -19,6 +19,7 @@ import itertools
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ CHUNK_TOKENS = 64
 FLAGS = ("--max-batch-tokens", str(CHUNK_TOKENS), "--max-sequences", "16")
 
 PHASE_SECONDS = 30.0  # until the phase is reached
-RECOVERY_SECONDS = 30.0  # until the victim is back, on a busy machine
+RECOVERY_SECONDS = 60.0  # until the victim is back, on a busy machine
 FROZEN_SECONDS = 8.0  # a router that is stopped goes on after this; longer than any silence that is tolerated
 
 VICTIMS = ("prefill", "decode", "router")
@@ -69,8 +70,9 @@ PHASES = (
     Phase("mid decode", "decode", "step.finished", 12),
     Phase("last token made", "decode", "request.over"),
     Phase("last token before flush", "router", "stream.ending"),
-    Phase("drain", "victim", "ending"),
+    Phase("drain", "victim", "draining"),
 )
+DRAINING = ("worker.draining", "router.draining")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +89,13 @@ class Cell:
         transport = "" if self.transport == "auto" else f" ({self.transport})"
         return f"{self.phase.name}{transport} / {self.victim} / {self.signum.name.removeprefix('SIG')}"
 
-    @property
-    def owed(self) -> str:
-        """Why it is known to fail; empty if it must not."""
-        return ""
-
     async def run(self, directory: Path) -> Outcome:
         """From start to end."""
-        names = [self.phase.failpoint] if self.phase.role != "victim" else ["worker.ending", "router.ending"]
+        names = [self.phase.failpoint] if self.phase.role != "victim" else list(DRAINING)
         specs = (f"*/{name}=meet:{directory}/meet@1+" for name in names if name)
         flags = (*FLAGS, "--transport", self.transport)
         case = _Case(self, Fleet(directory, flags, {failpoints.VARIABLE: ";".join(specs)}))
-        return await outcome(self.name, case.run, case.summary)
+        return await outcome(self.name, case.run, case)
 
 
 def phase_cells() -> list[Cell]:
@@ -117,13 +114,34 @@ def boundary_cells() -> list[Cell]:
     return cells
 
 
+def grid(outcomes: Iterable[Outcome]) -> str:
+    """The matrix for people: a line for each phase (of which there are outcomes), a column for each victim and signal;
+    the longest wait of a client in seconds, or that something was violated."""
+    by_name = {outcome.name: outcome for outcome in outcomes}
+    columns = list(itertools.product(VICTIMS, SIGNALS))
+    width = max(len(phase.name) for phase in PHASES)
+    titles = (f"{victim[:7]} {signum.name.removeprefix('SIG')}" for victim, signum in columns)
+    lines = [" ".join([" " * width, *(f"{title:>13}" for title in titles)])]
+    for phase in PHASES:
+        found = [by_name.get(Cell(phase, *column).name) for column in columns]
+        if any(found):
+            lines.append(" ".join([f"{phase.name:<{width}}", *(f"{_in_grid(outcome):>13}" for outcome in found)]))
+    return "\n".join(lines)
+
+
+def _in_grid(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
+    return "VIOLATED" if outcome.violation else f"ok {outcome.longest_wait:.1f} s"
+
+
 class _Case:
     """One cell under way."""
 
     def __init__(self, cell: Cell, fleet: Fleet) -> None:
         self._cell = cell
         self._fleet = fleet
-        self._answers: list[Answer] = []
+        self.answers: list[Answer] = []
         self._tasks: list[asyncio.Task[Answer]] = []
         self._victim_pid = 0
         self._epochs: dict[str, int] = {}
@@ -161,7 +179,7 @@ class _Case:
         early = self._send((50, 120, "split"), (40, 140, "local"))
         await until(lambda: all(len(answer.token_ids) > 1 for answer in early), "the first answers run", PHASE_SECONDS)
         if phase.role == "victim":
-            name = "router.ending" if self._cell.victim == "router" else "worker.ending"
+            name = DRAINING[self._cell.victim == "router"]
             self._fleet.rendezvous.expect(self._cell.victim, name, 1, self._hurt)
             os.kill(self._victim_pid, signal.SIGTERM)
         else:
@@ -175,7 +193,7 @@ class _Case:
     def _send(self, *kinds: tuple[int, int, str]) -> list[Answer]:
         """Send requests of so many prompt tokens, so many output tokens, and this preference."""
         answers = [self._fleet.request(*kind) for kind in kinds]
-        self._answers += answers
+        self.answers += answers
         self._tasks += [asyncio.create_task(self._fleet.ask(answer)) for answer in answers]
         return answers
 
@@ -221,7 +239,7 @@ class _Case:
         """A new server at the same port; clients that got no answer retry."""
         await self._fleet.start()
         self._note_return()
-        failed = [answer for answer in self._answers if answer.end is not End.EXACT]
+        failed = [answer for answer in self.answers if answer.end is not End.EXACT]
         retries = [Answer(answer.prompt, answer.max_tokens, answer.prefer) for answer in failed]
         await asyncio.gather(*map(self._fleet.ask, retries))
         if any(retry.end is not End.EXACT for retry in retries):
@@ -232,18 +250,18 @@ class _Case:
             self._back_after = time.monotonic() - self._hurt_at
 
     def _check_answers(self, *allowed: End) -> None:
-        if any(answer.end not in allowed for answer in self._answers):
-            raise Violation(f"answers: {ends(self._answers)}")
+        if any(answer.end not in allowed for answer in self.answers):
+            raise Violation(f"answers: {ends(self.answers)}")
 
     def _check_nothing_cut(self) -> None:
         """What had begun to be answered was answered to its end."""
-        if any(answer.token_ids and answer.end is not End.EXACT for answer in self._answers):
-            raise Violation(f"answers: {ends(self._answers)}")
+        if any(answer.token_ids and answer.end is not End.EXACT for answer in self.answers):
+            raise Violation(f"answers: {ends(self.answers)}")
 
     def summary(self) -> str:
         """In a few words: how the answers ended, the longest pause in one, and when the victim was back."""
-        words = [ends(self._answers) or "nothing asked"]
-        words.append(f"longest wait {longest_wait(self._answers):.1f} s")
+        words = [ends(self.answers) or "nothing asked"]
+        words.append(f"longest wait {longest_wait(self.answers):.1f} s")
         if self._back_after is not None:
             words.append(f"back after {self._back_after:.1f} s")
         return ", ".join(words)

@@ -11,18 +11,14 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from diptych.bench.faults.fleet import Violation
+from diptych.bench.faults.fleet import Answer, Violation, longest_wait
 
 
 class Case(Protocol):
-    """`owed` says why a case is known to fail (empty: it must not). `run` gets a directory of its own, which does not
-    exist yet; its log stays there."""
+    """`run` gets a directory of its own, which does not exist yet; its log stays there."""
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def owed(self) -> str: ...
 
     async def run(self, directory: Path) -> Outcome: ...
 
@@ -35,12 +31,27 @@ class Outcome:
     violation: str
     what: str
     seconds: float
+    longest_wait: float  # of a client, in seconds
 
     def fields(self) -> dict[str, Any]:
-        return {"case": self.name, "violation": self.violation, "what": self.what, "seconds": round(self.seconds, 1)}
+        return {
+            "case": self.name,
+            "violation": self.violation,
+            "what": self.what,
+            "longest_wait": round(self.longest_wait, 2),
+            "seconds": round(self.seconds, 1),
+        }
 
 
-async def outcome(name: str, run: Callable[[], Awaitable[None]], summary: Callable[[], str]) -> Outcome:
+class Story(Protocol):
+    """A case under way, and in the end what is to be told of it."""
+
+    answers: list[Answer]
+
+    def summary(self) -> str: ...
+
+
+async def outcome(name: str, run: Callable[[], Awaitable[None]], story: Story) -> Outcome:
     """Run one case, which raises Violation if something is not as it must be."""
     began = time.monotonic()
     violation = ""
@@ -50,7 +61,7 @@ async def outcome(name: str, run: Callable[[], Awaitable[None]], summary: Callab
         violation = str(error)
     except (aiohttp.ClientError, TimeoutError) as error:
         violation = f"the server does not answer: {error!r}"
-    return Outcome(name, violation, summary(), time.monotonic() - began)
+    return Outcome(name, violation, story.summary(), time.monotonic() - began, longest_wait(story.answers))
 
 
 async def run_all(cases: Sequence[Case], parallel: int, directory: Path) -> list[Outcome]:
@@ -60,15 +71,8 @@ async def run_all(cases: Sequence[Case], parallel: int, directory: Path) -> list
     async def run_one(number: int, case: Case) -> Outcome:
         async with places:
             result = await case.run(directory / str(number))
-        print(f"{result.name:<60} {result.seconds:5.1f} s  {_verdict(case, result)}; {result.what}", flush=True)
-        if result.violation:
-            print(f"    {directory / str(number) / 'log'}", flush=True)
+        verdict = f"VIOLATED: {result.violation} ({directory / str(number)}/log)" if result.violation else "ok"
+        print(f"{result.name:<60} {result.seconds:5.1f} s  {verdict}; {result.what}", flush=True)
         return result
 
     return await asyncio.gather(*(run_one(number, case) for number, case in enumerate(cases)))
-
-
-def _verdict(case: Case, result: Outcome) -> str:
-    if not result.violation:
-        return f"ok, although it was owed ({case.owed})" if case.owed else "ok"
-    return f"owed ({case.owed}): {result.violation}" if case.owed else f"VIOLATED: {result.violation}"
