@@ -5,11 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.core.errors import TicketError, TransferError
+from diptych.core.errors import TicketError
 from diptych.core.kv_layout import KVLayout
+from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
-from diptych.sim.tickets import Tickets
-from diptych.transfer import frames
+from diptych.sim.tickets import Ending, Tickets
+from diptych.transfer import frames, incoming
 from diptych.transfer.digest import DIGEST_BYTES
 from diptych.transfer.incoming import TicketBook
 
@@ -33,15 +34,14 @@ def claims(request_id: str) -> TicketClaims:
     )
 
 
+TOKEN = SampledToken(1)
+
+
 class Both:
-    """A real book and a simulated one."""
+    """A real book and a simulated one. Each method makes one call on each, and returns what they answered."""
 
     def __init__(self) -> None:
-        self.real, self.model = TicketBook(EPOCH, LAYOUT.num_layers), Tickets(EPOCH, LAYOUT.num_layers)
-
-    def call(self, what: str, request_id: str, writer: str, epoch: int, page: tuple[int, int]) -> tuple[object, object]:
-        """One call on each; what they answered, in comparable form."""
-        return getattr(self, what)(request_id, writer, epoch, page)
+        self.real, self.model = TicketBook(EPOCH), Tickets(EPOCH, LAYOUT.num_layers)
 
     def expect(self, request_id, writer, epoch, page):
         if request_id not in self.model.out:  # policy never grants an id twice at once
@@ -51,51 +51,65 @@ class Both:
 
     def begin(self, request_id, writer, epoch, page):
         try:
-            self.real.begin(request_id, NONCE, epoch, writer)
+            self.real.begin(frames.Begin(request_id, NONCE, epoch), writer, LAYOUT)
             good = True
         except TicketError:
             good = False
         return good, self.model.begin(request_id, NONCE, epoch, writer)
 
     def pages(self, request_id, writer, epoch, page):
-        real = self.real.find(request_id, NONCE, epoch, writer)
+        layer, block = page
+        frame = frames.Pages(request_id, NONCE, epoch, layer, 0, block, bytes(DIGEST_BYTES), 0)
+        real = self.real.enter(frame, writer)
         model = self.model.find(request_id, NONCE, epoch, writer)
-        if real is not None and model is not None:
-            layer, block = page
-            self.real.mark(real, frames.Pages(request_id, NONCE, epoch, layer, block, bytes(DIGEST_BYTES), 0))
-            model.missing.discard(page)
-        return real is not None, model is not None
+        wanted, ending = real is not None and real.wanted, None
+        if real is not None:
+            if wanted:
+                self.real.mark(real, frame)
+            ending = self.real.leave(real)
+        if model is None:
+            return (wanted, same(ending)), (False, None)
+        model.missing.discard(page)
+        return (wanted, same(ending)), (True, self.model.frame_done(model))
 
     def close(self, request_id, writer, epoch, page):
-        real = self.real.find(request_id, NONCE, epoch, writer)
+        num_frames = 4 - page[0]
+        real, ending = self.real.close(frames.Close(request_id, NONCE, epoch, num_frames, TOKEN, b""), writer)
         model = self.model.find(request_id, NONCE, epoch, writer)
         if real is None or model is None:
             return real, model
-        try:
-            complete = self.real.close(real)
-        except TransferError:
-            complete = False
-        return complete, self.model.close(model)
+        return same(ending), self.model.close(model, num_frames, TOKEN)
 
     def fail(self, request_id, writer, epoch, page):
-        real = self.real.find(request_id, NONCE, epoch, writer)
+        """Of a page that is wrong; its frame is done with, all the same."""
+        layer, block = page
+        frame = frames.Pages(request_id, NONCE, epoch, layer, 0, block, bytes(DIGEST_BYTES), 0)
+        real = self.real.enter(frame, writer)
         model = self.model.find(request_id, NONCE, epoch, writer)
         if real is None or model is None:
-            return real, model
-        return self.real.fail(real), self.model.fail(model)
+            return real is not None and self.real.leave(real) is None and real.wanted, model is not None
+        answers = self.real.fail(real), self.model.fail(model)
+        self.real.leave(real)
+        self.model.frame_done(model)
+        return answers
 
     def revoke(self, request_id, writer, epoch, page):
         real, model = self.real.revoke(request_id), self.model.revoke(request_id)
         return (real[0] is None, real[1]), (model[0] is None, model[1])
 
     def stopped(self, request_id, writer, epoch, page):
-        real = self.real.stopped(request_id, NONCE, writer)
+        real, _ = self.real.stop(frames.Stopped(request_id, NONCE), writer)
         model = self.model.stopped(request_id, NONCE, writer)
         return real and (real.released, real.failed), model and (model.released, model.failed)
 
     def writer_lost(self, request_id, writer, epoch, page):
         real, model = self.real.writer_lost(writer), self.model.writer_lost(writer)
         return [(t.claims.request_id, t.released) for t in real], [(t.claims.request_id, t.released) for t in model]
+
+
+def same(ending: incoming.Ending | None) -> Ending | None:
+    """In the simulation's terms."""
+    return None if ending is None else Ending[ending.name]
 
 
 CALLS = st.tuples(
@@ -113,5 +127,6 @@ CALLS = st.tuples(
 def test_real_tickets_and_simulated_ones_answer_alike(calls: list[tuple[str, str, str, int, tuple[int, int]]]) -> None:
     both = Both()
     for call in calls:
-        real, model = both.call(*call)
+        what, *details = call
+        real, model = getattr(both, what)(*details)
         assert real == model, call

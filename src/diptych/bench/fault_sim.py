@@ -37,6 +37,7 @@ class Tally:
     requests: int = 0
     finished: int = 0
     attempts: int = 0
+    retried: int = 0
     handoffs: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -51,6 +52,7 @@ class Tally:
         self.requests += len(outcome.scenario.requests)
         self.finished += outcome.finished
         self.attempts += outcome.attempts
+        self.retried += outcome.retried
         self.handoffs += outcome.handoffs
         self.failed += outcome.failed
         self.faults += Counter({str(kind): count for kind, count in outcome.faults.items()})
@@ -59,7 +61,16 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Sum up."""
-        for name in ("histories", "events", "virtual_seconds", "requests", "finished", "attempts", "handoffs"):
+        for name in (
+            "histories",
+            "events",
+            "virtual_seconds",
+            "requests",
+            "finished",
+            "attempts",
+            "retried",
+            "handoffs",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.failed += other.failed
         self.faults += other.faults
@@ -73,7 +84,8 @@ class Tally:
         )
         cut_short = self.requests - self.finished - self.failed.total()
         yield (
-            f"{self.requests:,} requests in {self.attempts:,} attempts with {self.handoffs:,} hand-offs: "
+            f"{self.requests:,} requests in {self.attempts:,} attempts ({self.retried:,} of them repeated) with "
+            f"{self.handoffs:,} hand-offs: "
             f"{self.finished:,} finished, {cut_short:,} cancelled, {self.failed.total():,} failed as they may"
             + "".join(f", {count:,} {code}" for code, count in self.failed.most_common())
         )

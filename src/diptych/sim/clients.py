@@ -21,7 +21,7 @@ class Client:
         self.cut_off = False  # the router has died under it
         self.error: DiptychError | None = None
         self.attempts = 0
-        self.workers: set[str] = set()  # that were told to begin with it
+        self.workers: dict[str, None] = {}  # that were told to begin with it
         self.engine_faults = 0
 
     @property

@@ -41,6 +41,7 @@ class Close(NamedTuple):
     request_id: str
     nonce: bytes
     epoch: Epoch
+    num_frames: int  # of pages
     token: SampledToken
 
 

@@ -34,6 +34,7 @@ class Push:
     go: bool = False
     begun: bool = False
     over: bool = False
+    num_frames: int = 0  # of pages, sent
 
 
 Job = Generator["float | Push", None, None]
@@ -186,6 +187,7 @@ class PushLink:
             if self._mapped and self._peer is not None:
                 self.target.receiver.written_by(self._peer, claims, transfers, content)
             payload = None if self._mapped else content
+            push.num_frames += 1
             self._send(
                 frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, blocks, transfers, digest, payload)
             )
@@ -198,7 +200,7 @@ class PushLink:
         yield from self._begin(push)
         if not push.over:
             claims = push.claims
-            self._send(frames.Close(claims.request_id, claims.nonce, claims.epoch, token))
+            self._send(frames.Close(claims.request_id, claims.nonce, claims.epoch, push.num_frames, token))
 
     def _send_stopped(self, push: Push) -> Job:
         claims = push.claims

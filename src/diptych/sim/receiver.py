@@ -10,7 +10,7 @@ from diptych.core.kv_layout import LayerTransfer
 from diptych.core.ticket import TicketClaims
 from diptych.sim import frames
 from diptych.sim.network import End, Pipe
-from diptych.sim.tickets import Ticket, Tickets
+from diptych.sim.tickets import Ending, Ticket, Tickets
 from diptych.sim.violation import Violation
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ class Receiver:
     def __init__(self, owner: Life) -> None:
         self._owner = owner
         self.tickets = Tickets(owner.epoch, owner.engine.layout.num_layers)
-        self.peers: set[Peer] = set()
+        self.peers: dict[Peer, None] = {}  # in order, so that a seed is the same history everywhere
 
     def adopt(self, source: Life, answers: Pipe, *, mapped: bool) -> Peer:
         """A data connection has been made."""
         peer = Peer(self._owner, self, source, answers, mapped=mapped)
-        self.peers.add(peer)
+        self.peers[peer] = None
         return peer
 
     def expect(self, claims: TicketClaims) -> None:
@@ -125,17 +125,23 @@ class Peer:
         else:
             self._owner.tell("finds pages of {} from {} corrupt", frame.request_id, self.source.name)
             self._fail(ticket, "kv_corrupt", f"pages of layer {frame.layer} are corrupt")
+        self._ended(ticket, self._tickets.frame_done(ticket))
 
     def _close(self, frame: frames.Close) -> None:
         ticket = self._tickets.find(frame.request_id, frame.nonce, frame.epoch, self)
         if ticket is None:
             return
-        if self._tickets.close(ticket):
+        self._ended(ticket, self._tickets.close(ticket, frame.num_frames, frame.token))
+
+    def _ended(self, ticket: Ticket, ending: Ending | None) -> None:
+        """All frames that were announced have come."""
+        request_id, nonce = ticket.claims.request_id, ticket.claims.nonce
+        if ending is Ending.COMPLETE and ticket.token is not None:
             self._owner.world.outcome.handoffs += 1
-            self._owner.tell("has all pages of {} from {}", frame.request_id, self.source.name)
-            self._owner.post(HandoffComplete(frame.request_id, frame.token))
-            self.tell(frames.Accepted(frame.request_id, frame.nonce))
-        else:
+            self._owner.tell("has all pages of {} from {}", request_id, self.source.name)
+            self._owner.post(HandoffComplete(request_id, ticket.token))
+            self.tell(frames.Accepted(request_id, nonce))
+        elif ending is Ending.INCOMPLETE:
             self._fail(ticket, "transfer_failed", "the hand-off was closed before all pages had arrived")
 
     def _fail(self, ticket: Ticket, code: str, message: str) -> None:
@@ -148,7 +154,7 @@ class Peer:
         """The connection is over: whatever it was writing for is not coming."""
         if self not in self._receiver.peers:
             return
-        self._receiver.peers.remove(self)
+        del self._receiver.peers[self]
         for ticket in self._tickets.writer_lost(self):
             self._gone(ticket, "transfer_failed", f"the data connection of {self.source.name} ended")
         self._owner.check_closed()

@@ -222,7 +222,7 @@ class Router:
         """Have a worker begin with something."""
         client = self.world.client_of(attempt_id)
         if client is not None:
-            client.workers.add(worker_id)
+            client.workers[worker_id] = None
         else:
             self._canary_until = self.world.kernel.now + CANARY_SECONDS
         self._send(worker_id, message)

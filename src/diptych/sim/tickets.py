@@ -7,12 +7,21 @@ with the same calls and compares their answers.)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from diptych.core.blocks import BlockId
+from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 
 Writer = object  # a data connection, by identity
 Page = tuple[int, int]  # layer, logical block
+
+
+class Ending(Enum):
+    """What the last frame of a ticket brought about."""
+
+    COMPLETE = auto()
+    INCOMPLETE = auto()  # pages are missing
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +34,9 @@ class Ticket:
     revoked: bool = False
     released: bool = False  # first it was revoked, and then its writer went
     failed: bool = False
+    frames: int = 0  # of pages, that have come
+    announced: int | None = None  # how many there are, once it is closed
+    token: SampledToken | None = None  # from which decode goes on
     missing: set[Page] = field(default_factory=set)  # not verified yet
 
     @property
@@ -64,12 +76,23 @@ class Tickets:
             return None
         return None if ticket.revoked or ticket.failed else ticket
 
-    def close(self, ticket: Ticket) -> bool:
-        """The writer says that this is all. True if it is; then the ticket is used up."""
+    def frame_done(self, ticket: Ticket) -> Ending | None:
+        """One more frame of pages has been looked at, whatever it was worth; what that brings about."""
+        ticket.frames += 1
+        return self._ending(ticket)
+
+    def close(self, ticket: Ticket, num_frames: int, token: SampledToken) -> Ending | None:
+        """The writer says that this is all; what that brings about by now."""
+        ticket.announced, ticket.token = num_frames, token
+        return self._ending(ticket)
+
+    def _ending(self, ticket: Ticket) -> Ending | None:
+        if ticket.announced is None or ticket.revoked or ticket.failed or ticket.frames < ticket.announced:
+            return None
         if ticket.missing:
-            return False
+            return Ending.INCOMPLETE
         del self.out[ticket.claims.request_id]
-        return True
+        return Ending.COMPLETE
 
     def fail(self, ticket: Ticket) -> bool:
         """Something is wrong with what was written. True the first time, unless nobody cares any more."""

@@ -39,6 +39,7 @@ class Outcome:
     finished: int = 0  # requests
     failed: Counter[str] = field(default_factory=Counter)  # requests, by error code
     attempts: int = 0  # that requests took
+    retried: int = 0  # attempts after the first
     handoffs: int = 0  # that succeeded
     faults: Counter[FaultKind] = field(default_factory=Counter)  # that struck
     violation: str | None = None
@@ -84,6 +85,7 @@ class World:
                 if late > 0:
                     check_ended(self)
                 if late > REST_SECONDS:
+                    check_empty(self)
                     raise Violation("things still happen long after everything should be over")
             check_ended(self)
             check_empty(self)
@@ -94,7 +96,8 @@ class World:
         outcome.seconds = self.kernel.now
         outcome.finished = sum(client.finished for client in self.clients.values())
         outcome.failed.update(client.error.code for client in self.clients.values() if client.error is not None)
-        outcome.attempts = sum(client.attempts for client in self.clients.values())
+        attempts = [client.attempts for client in self.clients.values() if client.attempts]
+        outcome.attempts, outcome.retried = sum(attempts), sum(attempts) - len(attempts)
         return outcome
 
     # the story
