@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,21 @@ import pytest
 from raw_source import RawSource, Sendable
 from transfer_harness import KEY, LAYOUT, TOKEN, TRANSPORTS, World, claims_for, world
 
-from diptych.core.events import HandoffComplete, HandoffFailed, LinkLost, PushAccepted, PushStopped, WriterGone
-from diptych.core.kv_layout import SequenceKV
+from diptych.core.events import (
+    HandoffComplete,
+    HandoffFailed,
+    LinkLost,
+    PushAccepted,
+    PushRejected,
+    PushStopped,
+    WriterGone,
+)
+from diptych.core.kv_layout import LayerTransfer, SequenceKV
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_resharding
 from diptych.transfer import frames, peer, pieces
+from diptych.transfer.pieces import Piece
+from diptych.transfer.writers import PageWriter, Payload
 from diptych.wire.blocking import dial
 from diptych.wire.codec import encode_frame
 
@@ -192,3 +203,53 @@ def test_a_link_whose_second_connection_is_cut_is_lost(transport: str, tmp_path:
         link.abandon("r1", claims)
         events.append(made.at_source.next())
         assert PushStopped("r1") in events
+
+
+class Gate:
+    """A writer whose first write takes until it may go on."""
+
+    def __init__(self, writer: PageWriter) -> None:
+        self._writer = writer
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def needs_staging(self, piece: Piece) -> bool:
+        return self._writer.needs_staging(piece)
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
+        if not self.begun.is_set():
+            self.begun.set()
+            assert self.may_go_on.wait(20)
+        return self._writer.write(transfer, piece, layer, staged)
+
+
+@each_transport
+def test_a_push_has_not_stopped_while_another_thread_writes_for_it(transport: str, tmp_path: Path) -> None:
+    gates: list[Gate] = []
+
+    def wrap(writer: PageWriter) -> PageWriter:
+        gates.append(Gate(writer))
+        return gates[0]
+
+    with world(transport, tmp_path) as made:
+        link = made.link(wrap)
+        claims = claims_for("r1", BLOCKS)
+        made.receiver.expect(claims)
+        plan = plan_resharding(
+            SequenceKV(LAYOUT, BLOCKS), SequenceKV(LAYOUT, BLOCKS), range(len(BLOCKS) * LAYOUT.block_size)
+        )
+        link.push("r1", claims, plan, 0)
+        made.push_all(link, claims_for("unknown", BLOCKS), BLOCKS)
+        assert isinstance(made.at_source.next(), PushRejected)  # so both connections are there, and the link works
+        assert gates[0].begun.wait(20)
+        try:
+            link.abandon("r1", claims)
+            made.push_all(link, claims_for("unknown 2", BLOCKS), BLOCKS)
+            assert isinstance(made.at_source.next(), PushRejected)  # so whatever was queued before is done
+            assert made.at_source.empty
+            assert made.at_target.empty
+        finally:
+            gates[0].may_go_on.set()
+        assert made.at_source.next() == PushStopped("r1")
+        assert made.at_target.next().code == "handoff_abandoned"

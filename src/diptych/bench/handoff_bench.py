@@ -126,14 +126,12 @@ def run_target(case: Case, key: bytes, directory: str, parent: Connection) -> No
         parent.send(addresses)
         raw, _ = listener.accept()
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sink = memoryview(np.ones(case.mib * MIB, np.uint8))  # type: ignore[arg-type]
         with raw:
             while (order := parent.recv()) is not None:
-                _obey(order, target, case, (raw, sink), parent)
+                _obey(order, target, case, raw, parent)
 
 
-def _obey(order: str, target: KVTarget, case: Case, raw: tuple[socket.socket, memoryview], parent: Connection) -> None:
-    sock, sink = raw
+def _obey(order: str, target: KVTarget, case: Case, raw: socket.socket, parent: Connection) -> None:
     match order:
         case "expect":
             parent.send(target.expect("bench", case.num_tokens))
@@ -143,19 +141,21 @@ def _obey(order: str, target: KVTarget, case: Case, raw: tuple[socket.socket, me
             parent.send(None)
         case "raw in place":
             parent.send(None)
-            _take(sock, sink, len(sink))
+            for memory in target.memories:
+                _take(raw, memory.buffer, len(memory.buffer))
+            raw.sendall(b"!")
         case "raw reused":
             parent.send(None)
-            _take(sock, memoryview(bytearray(SOCKET_BUFFER_BYTES)), len(sink))
+            _take(raw, memoryview(bytearray(SOCKET_BUFFER_BYTES)), case.mib * MIB)
+            raw.sendall(b"!")
 
 
 def _take(raw: socket.socket, buffer: memoryview, total: int) -> None:
-    """Receive `total` bytes into `buffer`, from its start again whenever it is full, and say so."""
+    """Receive `total` bytes into `buffer`, from its start again whenever it is full."""
     done = 0
     while done < total:
         place = done % len(buffer)
         done += raw.recv_into(buffer[place : place + min(MIB, total - done)])
-    raw.sendall(b"!")
 
 
 class Bench:
