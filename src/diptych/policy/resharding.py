@@ -168,9 +168,12 @@ class _Pieces:
     """The pieces of a run for `num_heads` heads, which begin at these heads of the two ranks."""
 
     def __init__(self, source: KVLayout, target: KVLayout, source_head: int, target_head: int, num_heads: int) -> None:
+        ours, theirs = source.offset(0, 1), target.offset(0, 1)  # from one head to the next
+        planes = range(source.planes)
+        starts = [(source.offset(plane, source_head), target.offset(plane, target_head)) for plane in planes]
         self._starts = [
-            (source.offset(plane, source_head + head), target.offset(plane, target_head + head))
-            for plane in range(source.planes)
+            (source_start + head * ours, target_start + head * theirs)
+            for source_start, target_start in starts
             for head in range(num_heads)
         ]
         self._vector_bytes = source.vector_bytes

@@ -42,6 +42,11 @@ class Expected:
         self._verified = bytearray(claims.layout.num_layers * len(self._pairs) * len(self._groups))
         self.num_missing = len(self._verified)
 
+    def prepare(self) -> None:
+        """Work out where everything belongs now, while the source computes, and not when its first frame is here."""
+        for pair in range(len(self._pairs)):
+            self._places_of(pair)
+
     def share(self, frame: frames.Pages) -> Share:
         """Where a frame's units belong. Raises TransferError if they were not asked for."""
         if len(frame.digests) % DIGEST_BYTES:

@@ -71,8 +71,9 @@ class TicketBook:
         with self._lock:
             self._tickets[claims.request_id] = Incoming(claims)
 
-    def begin(self, frame: frames.Begin, writer: Writer, layout: KVLayout) -> None:
-        """Somebody wants to write KV of this layout. Raises TicketError if the ticket is not (or no longer) good."""
+    def begin(self, frame: frames.Begin, writer: Writer, layout: KVLayout) -> Expected:
+        """Somebody wants to write KV of this layout: what that has to be. Raises TicketError if the ticket is not (or
+        no longer) good."""
         with self._lock:
             ticket = self._tickets.get(frame.request_id)
             if ticket is None or ticket.claims.nonce != frame.nonce or frame.epoch != self._epoch:
@@ -83,6 +84,7 @@ class TicketBook:
                 raise TicketError("this ticket has been used")
             ticket.expected = Expected(layout, ticket.claims)
             ticket.writer = writer
+            return ticket.expected
 
     def enter(self, frame: frames.Pages, writer: Writer) -> Incoming | None:
         """A thread begins with a frame: the ticket that it is about, if it is this writer's; else it is counted.

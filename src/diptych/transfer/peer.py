@@ -204,11 +204,12 @@ class Peer:
 
     def _begin(self, frame: frames.Begin) -> None:
         try:
-            self._book.begin(frame, self, self._layout)
+            expected = self._book.begin(frame, self, self._layout)
         except TicketError as error:
             self._tell(frames.Rejected(frame.request_id, frame.nonce, error.code, error.message))
         else:
             self._tell(frames.Go(frame.request_id, frame.nonce))
+            expected.prepare()
 
     def _probe(self, nbytes: int, stream: _Stream) -> None:
         if self._nixl is None or not 0 <= nbytes <= frames.SCRATCH_BYTES:

@@ -31,10 +31,11 @@ class Places:
     """
 
     def __init__(self, starts: Numbers, lengths: Numbers) -> None:
-        fresh = np.ones(len(starts), dtype=bool)
-        np.not_equal(starts[1:], starts[:-1] + lengths[:-1], out=fresh[1:])
-        if not fresh.all():
-            starts, lengths = starts[fresh], np.add.reduceat(lengths, np.flatnonzero(fresh))
+        if len(starts) > 1:
+            fresh = np.ones(len(starts), dtype=bool)
+            np.not_equal(starts[1:], starts[:-1] + lengths[:-1], out=fresh[1:])
+            if not fresh.all():
+                starts, lengths = starts[fresh], np.add.reduceat(lengths, np.flatnonzero(fresh))
         self.starts, self.lengths = starts, lengths
         self.ends: Numbers = np.cumsum(lengths)  # of the runs, in the stream
         self.nbytes = int(self.ends[-1]) if len(starts) else 0
@@ -73,6 +74,8 @@ class Places:
 
     def part(self, start: int, stop: int) -> Places:
         """Bytes [start, stop) of the stream."""
+        if (start, stop) == (0, self.nbytes):
+            return self
         first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
         starts, lengths = self.starts[first : last + 1].copy(), self.lengths[first : last + 1].copy()
         skipped = start - (self.ends[first] - self.lengths[first])

@@ -248,13 +248,15 @@ class SourceSession:
 
     def _layers(self, ranks: Mapping[int, KVMemory | KVPages], layers: Iterable[int] | None) -> list[int]:
         """The layers to send; every rank that holds one of them has to give it."""
-        given = {layer for pages in ranks.values() for layer in layers_of(pages)}
-        wanted = given if layers is None else set(layers)
-        for layer in wanted:
-            first = self.layout.rank(self._origin.data_rank, self.layout.stage_of(layer), 0)
-            holders = range(first, first + self.layout.tensor_parallel)
-            if not all(rank in ranks and layer in layers_of(ranks[rank]) for rank in holders):
-                raise ValueError(f"layers {sorted(wanted)} of KV that has {sorted(given)}, or not on every rank")
+        held = {rank: frozenset(layers_of(pages)) for rank, pages in ranks.items()}
+        given = frozenset[int]().union(*held.values())
+        wanted = given if layers is None else frozenset(layers)
+        stages = {self.layout.stage_of(layer) for layer in wanted if 0 <= layer < self.layout.num_layers}
+        firsts = [self.layout.rank(self._origin.data_rank, stage, 0) for stage in stages]
+        holders = [range(first, first + self.layout.tensor_parallel) for first in firsts]
+        complete = [frozenset.intersection(*(held.get(rank, frozenset()) for rank in group)) for group in holders]
+        if not wanted <= frozenset[int]().union(*complete):
+            raise ValueError(f"layers {sorted(wanted)} of KV that has {sorted(given)}, or not on every rank")
         return sorted(wanted)
 
     def close(self, token: SampledToken | int, payload: bytes = b"") -> None:
