@@ -41,7 +41,7 @@ def check_recovery(server: Server, worker_id: str, old_epoch: int) -> None:
     soon(is_back, f"{worker_id} comes back")
     assert any(f"worker {worker_id} ended (signal SIGKILL)" in line for line in server.screen)
     soon(lambda: is_idle(server), "all blocks are given back")
-    assert server.http.get("/ready").status_code == 200
+    soon(lambda: server.http.get("/ready").status_code == 200, "it is trusted again")
     for prefer in ("split", "local"):
         assert server.complete(PROMPT, prefer, max_tokens=20).token_ids == expected_tokens(PROMPT, 20)
 

@@ -42,5 +42,6 @@ def test_death_of_a_rank_costs_its_streams_a_pause(tmp_path: Path) -> None:
         soon(is_back, "it comes back", within=60)
         soon(lambda: is_idle(server), "all blocks are given back")
         assert not set(ranks) & set(rank_processes(server, "decode-0"))
+        soon(lambda: server.http.get("/ready").status_code == 200, "it is trusted again")
         answer = server.complete(PROMPT, "split", max_tokens=MAX_TOKENS)
         assert (answer.token_ids, answer.route) == (right, "prefill=prefill-0;decode=decode-0;transport=shm")
