@@ -47,13 +47,14 @@ from diptych.policy.recovery import POISON, POISON_CRASHES, SETTLE_SECONDS, Faul
 from diptych.policy.retry_budget import RetryBudget
 from diptych.policy.routing import Routing, WorkerLoad
 from diptych.policy.saturation import Room
+from diptych.policy.shadows import Shadows
 
 
 class RouterPolicy:
     """The decisions of the router.
 
     Attributes:
-        live: accepted requests that have not ended, by id. (Canaries are not among them.)
+        live: accepted requests that have not ended, by id. (Shadows are not among them.)
         ignored: messages about requests that are over, and tokens that came twice.
         moved: streams handed over by workers that leave.
     """
@@ -73,6 +74,7 @@ class RouterPolicy:
         self._placement = Placement(routing, index or PrefixIndex(capacity=1 << 20))
         self._budget = RetryBudget()
         self._attempts = Attempts(self._placement, self.health, self._budget)
+        self._shadows = Shadows(self._attempts, self._placement, self.health, settings.deadlines)
         self._draining: dict[WorkerId, float] = {}  # since when
         self._limits = limits or AdmissionLimits()
         self.admission = Admission(self._limits)
@@ -82,7 +84,7 @@ class RouterPolicy:
         """Take one event; returns what to do, in order."""
         actions = self._handle(event, now)
         if not isinstance(event, RequestSubmitted):
-            actions += self._attempts.probe(now)
+            actions += self._shadows.probe(now)
             actions += self._attempts.resume(now)
             if self.admission.queue and _may_make_room(event):
                 actions += self._start_waiting(now)
@@ -142,7 +144,7 @@ class RouterPolicy:
 
     def is_needed(self, worker_id: WorkerId) -> bool:
         """Whether a live request still depends on this worker."""
-        return any(live.needs(worker_id) for live in self._attempts.running.values() if live.probes is None)
+        return any(live.needs(worker_id) for live in self._attempts.running.values() if live.shadow is None)
 
     def serving(self) -> list[WorkerView]:
         """Workers that get clients' requests: ready, and trusted."""
@@ -222,20 +224,22 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         while (following := live.early.pop(len(live.output_token_ids), None)) is not None:
             live.append(following.token.token_id, now)
-            if live.probes is None:
+            if live.shadow is None:
                 actions.append(Deliver(replace(following, request_id=live.request.request_id)))
             if following.finish is not None:
                 live.timeline.finished = now
                 self._succeeded(live, now)
                 actions += self._end(live, now, finished_on=worker_id)
                 break
+        if not self.admission.queue:
+            actions += self._shadows.copy(live, now)
         return actions
 
     def _succeeded(self, live: LiveRequest, now: float) -> None:
-        if live.probes is None:
+        if live.shadow is None:
             self.health.served(live)
         else:
-            self.health.probed(live.probes, True, now)
+            self._shadows.succeeded(live, now)
 
     # ends
 
@@ -264,8 +268,8 @@ class RouterPolicy:
             return []  # only the news that its pages were accepted got lost
         if event.worker_id == live.route.decode and event.code == "handoff_abandoned":
             return []  # the prefill worker had a reason (say, the first token was the last), and gives it itself
-        if live.probes is not None:
-            return self._canary_failed(live, now, event.worker_id)
+        if live.shadow is not None:
+            return self._shadows.failed(live, now, event.worker_id, event.code)
         verdict = fault(event.code, live.pair is not None)
         if verdict is Fault.REQUEST:
             return self._give_up(live, ServingError(event.message, code=event.code), now, event.worker_id)
@@ -287,11 +291,6 @@ class RouterPolicy:
         live.last_error = why
         actions = self._attempts.let_go(live, now, failed_on)
         return actions + self._attempts.retry(live, now, avoid)
-
-    def _canary_failed(self, live: LiveRequest, now: float, failed_on: WorkerId | None = None) -> list[RouterAction]:
-        if live.probes is not None:
-            self.health.probed(live.probes, False, now)
-        return self._attempts.let_go(live, now, failed_on)
 
     # workers
 
@@ -315,8 +314,8 @@ class RouterPolicy:
         for live in list(self._attempts.running.values()):
             if not live.needs(worker_id):
                 continue
-            if live.probes is not None:
-                actions += self._attempts.let_go(live, now, worker_id)
+            if live.shadow is not None:
+                actions += self._shadows.lost(live, now, worker_id)
                 continue
             sent_too_late = live.retries == 1 and now - live.began < SETTLE_SECONDS
             live.crashes += died and not sent_too_late and live.computes_on(worker_id)
@@ -329,7 +328,7 @@ class RouterPolicy:
         overtime = now - self._draining[source.worker_id] > self._deadlines.drain
         actions: list[RouterAction] = []
         for live in list(self._attempts.running.values()):
-            if live.probes is not None or not live.needs(source.worker_id):
+            if live.shadow is not None or not live.needs(source.worker_id):
                 continue
             place: Place | None = None
             if live.decodes:
@@ -349,14 +348,12 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         for worker_id in list(self._draining):
             actions += self._move_off(self.workers[worker_id], now)
-        for live in [*self.live.values(), *self._attempts.canaries()]:
+        for live in list(self.live.values()):
             actions += self._check_deadlines(live, now)
-        return actions
+        return actions + self._shadows.check_deadlines(now)
 
     def _check_deadlines(self, live: LiveRequest, now: float) -> list[RouterAction]:
         age, waited, limits = now - live.timeline.arrived, now - live.wait_since, self._deadlines
-        if live.probes is not None:
-            return self._canary_failed(live, now) if age > limits.canary else []
         total = limits.total if live.request.timeout is None else min(limits.total, live.request.timeout)
         if age > total:
             return self._time_out(live, f"the request was not finished within {total:g} s", TOTAL_TIMEOUT, now)

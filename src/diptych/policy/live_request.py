@@ -12,6 +12,38 @@ from diptych.policy.deadlines import Wait
 
 Pair = tuple[WorkerId, WorkerId]  # (prefill, decode)
 
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A shadow that shows whether a worker, or a pair, can be trusted again."""
+
+    target: WorkerId | Pair
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A shadow that takes a copy of a stream's KV to another worker."""
+
+    stream: LiveRequest
+
+
+@dataclass(slots=True, eq=False)
+class Backup:
+    """What is known of the copies of a stream's KV.
+
+    Attributes:
+        buddy: who keeps them; None while nobody does.
+        due: the length of the log (tokens) at which the next copy is made.
+        copy: the attempt that takes one there now.
+        attempt: of the stream, for which the others hold.
+    """
+
+    buddy: WorkerId | None = None
+    due: int = 0
+    copy: LiveRequest | None = None
+    attempt: int = 0
+
+
 PROGRESS_TOKENS = 8  # an attempt that has come so far has nothing wrong with its request
 
 
@@ -34,7 +66,9 @@ class LiveRequest:
         queued: seconds without a worker between attempts since the last token, not counting the present wait.
         last_error: why the last attempt ended, in words.
         is_late: the deadline of this wait has passed, and been blamed on somebody.
-        probes: what this request is the canary of; nobody receives its tokens.
+        shadow: what it runs for, if it is no client's request. Nobody receives its tokens, and it takes nobody's place:
+            neither loads nor limits count it.
+        backup: of a stream whose KV is copied to another worker while it runs.
     """
 
     request: Request
@@ -56,7 +90,8 @@ class LiveRequest:
     queued: float = 0.0
     last_error: str = ""
     is_late: bool = False
-    probes: WorkerId | Pair | None = None
+    shadow: Probe | Checkpoint | None = None
+    backup: Backup = field(default_factory=Backup)
 
     @property
     def attempt_id(self) -> str:
