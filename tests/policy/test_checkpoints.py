@@ -94,6 +94,9 @@ def test_a_copy_sends_only_what_the_buddy_lacks() -> None:
     assert len({ticket.worker_id for ticket in claims}) == 1
     for earlier, later in zip(claims, claims[1:], strict=False):
         assert later.first_block == earlier.num_tokens // BLOCK
+    stats = world.router.stats()
+    assert stats.checkpoints == len(claims)
+    assert stats.checkpoint_tokens == sum(ticket.num_tokens - ticket.first_block * BLOCK for ticket in claims)
     for name in checkpoints_of(world):  # the source computes one token
         assert world.cached[name] == world.claims[name].num_tokens - 1
 

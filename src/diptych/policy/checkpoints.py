@@ -28,11 +28,17 @@ _TWO_TOKENS = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 
 
 class Checkpoints:
-    """Starts copies, one at a time for each stream, and remembers who has them."""
+    """Starts copies, one at a time for each stream, and remembers who has them.
+
+    Attributes:
+        taken: copies that have arrived.
+        tokens: whose KV was sent for them.
+    """
 
     def __init__(self, attempts: Attempts, placement: Placement) -> None:
         self._attempts = attempts
         self._placement = placement
+        self.taken = self.tokens = 0
 
     def keep(self, stream: LiveRequest, now: float) -> list[RouterAction]:
         """Begin with the next copy, if it is due and there is room. To be called after each of a stream's tokens."""
@@ -56,7 +62,10 @@ class Checkpoints:
         buddy = None if copy.route is None else copy.route.decode
         stream.backup.copy, stream.backup.buddy = None, buddy if ok else None
         if ok and buddy is not None:
-            stream.kv_at[buddy] = len(copy.request.prompt_token_ids)
+            num_tokens = len(copy.request.prompt_token_ids)
+            self.taken += 1
+            self.tokens += num_tokens - copy.kv_at.get(buddy, 0)
+            stream.kv_at[buddy] = num_tokens
 
     def _place(self, stream: LiveRequest, source: WorkerView) -> Place | None:
         """From the source to the buddy, or to a new one if it cannot be used; None if this is not the time."""

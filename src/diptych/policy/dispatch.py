@@ -96,8 +96,8 @@ class RouterPolicy:
                 return self._submit(request, now)
             case RequestCancelled(request_id):
                 return self._cancel(request_id, now)
-            case TicketGranted(worker_id, request_id, ticket, _):
-                return self._granted(worker_id, request_id, ticket, now)
+            case TicketGranted():
+                return self._granted(event, now)
             case FirstTokenMade():
                 return self._first_token(event, now)
             case TokensMade(worker_id, outputs):
@@ -135,6 +135,8 @@ class RouterPolicy:
             waiting=waiting,
             waiting_tokens=self.admission.queue.prompt_tokens,
             retried=self.retried,
+            checkpoints=self._shadows.checkpoints.taken,
+            checkpoint_tokens=self._shadows.checkpoints.tokens,
             ignored=self.ignored,
         )
 
@@ -190,12 +192,13 @@ class RouterPolicy:
     def _room(self) -> Room:
         return Room(self.workers.values(), self._attempts.pending(), self._limits.room)
 
-    def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes, now: float) -> list[RouterAction]:
-        live = self._attempts.running.get(request_id)
-        if live is None or live.pair is None or live.pair[1] != worker_id:
+    def _granted(self, event: TicketGranted, now: float) -> list[RouterAction]:
+        live = self._attempts.running.get(event.request_id)
+        if live is None or live.pair is None or live.pair[1] != event.worker_id:
             self.ignored += 1
-            return [AbortOn(worker_id, request_id)]
-        start = live.prefill_with(ticket, now)
+            return [AbortOn(event.worker_id, event.request_id)]
+        live.kv_at[event.worker_id] = event.num_cached_tokens
+        start = live.prefill_with(event.ticket, now)
         if start is None:
             self.ignored += 1
             return []

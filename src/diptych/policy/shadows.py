@@ -15,14 +15,18 @@ from diptych.policy.recovery import Fault, fault
 
 
 class Shadows:
-    """Starts them, and tells who wants to know how they end."""
+    """Starts them, and tells who wants to know how they end.
+
+    Attributes:
+        checkpoints: the books of copies.
+    """
 
     def __init__(self, attempts: Attempts, placement: Placement, health: Health, deadlines: Deadlines) -> None:
         self._attempts = attempts
         self._placement = placement
         self._health = health
         self._deadlines = deadlines
-        self._checkpoints = Checkpoints(attempts, placement)
+        self.checkpoints = Checkpoints(attempts, placement)
         self._num_canaries = 0
 
     def probe(self, now: float) -> list[RouterAction]:
@@ -49,7 +53,7 @@ class Shadows:
 
     def copy(self, stream: LiveRequest, now: float) -> list[RouterAction]:
         """Begin with the next copy of a stream's KV, if it wants one now."""
-        return self._checkpoints.keep(stream, now)
+        return self.checkpoints.keep(stream, now)
 
     def succeeded(self, live: LiveRequest, now: float) -> None:
         """It has come to its end."""
@@ -57,7 +61,7 @@ class Shadows:
             case Probe(target):
                 self._health.probed(target, True, now)
             case Checkpoint(stream):
-                self._checkpoints.ended(live, stream, ok=True)
+                self.checkpoints.ended(live, stream, ok=True)
 
     def failed(
         self, live: LiveRequest, now: float, failed_on: WorkerId | None = None, code: str = ""
@@ -67,7 +71,7 @@ class Shadows:
             case Probe(target):
                 self._health.probed(target, False, now)
             case Checkpoint(stream):
-                self._checkpoints.ended(live, stream, ok=False)
+                self.checkpoints.ended(live, stream, ok=False)
                 if live.pair is not None and fault(code, split=True) is Fault.PAIR:
                     self._health.handoff_failed(live.pair, now)
         return self._attempts.let_go(live, now, failed_on)
@@ -75,7 +79,7 @@ class Shadows:
     def lost(self, live: LiveRequest, now: float, worker_id: WorkerId) -> list[RouterAction]:
         """A worker that it needs is gone."""
         if isinstance(live.shadow, Checkpoint):
-            self._checkpoints.ended(live, live.shadow.stream, ok=False)
+            self.checkpoints.ended(live, live.shadow.stream, ok=False)
         return self._attempts.let_go(live, now, worker_id)
 
     def check_deadlines(self, now: float) -> list[RouterAction]:
