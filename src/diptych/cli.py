@@ -98,6 +98,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     checkpoint_tokens: Annotated[
         int, Option(min=0, help="Copy each stream's KV to another worker every so many tokens; 0: never.")
     ] = 0,
+    race_prefill: Annotated[int, Option(min=1, max=4, help="Workers that prefill each prompt; the first wins.")] = 1,
     served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
     api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
     tenants: Annotated[Path | None, Option(help="TOML file of tenants: keys, weights and limits.")] = None,
@@ -142,6 +143,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
             max_queue_seconds=max_queue_seconds,
             max_connections=max_connections,
             checkpoint_tokens=checkpoint_tokens,
+            race_prefill=race_prefill,
             tenants=Tenants() if tenants is None else read_tenants(tenants),
         ),
         join=None

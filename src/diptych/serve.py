@@ -92,6 +92,7 @@ class HttpSettings:
     max_queue_seconds: float = 60.0
     max_connections: int = 8192
     checkpoint_tokens: int = 0
+    race_prefill: int = 1
     tenants: Tenants = field(default_factory=Tenants)
 
     @property
@@ -239,6 +240,7 @@ async def _front(
         keys=settings.http.keys,
         max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
         checkpoint_tokens=settings.http.checkpoint_tokens,
+        race=settings.http.race_prefill,
     )
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE

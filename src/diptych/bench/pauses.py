@@ -98,15 +98,9 @@ async def _prices(session: aiohttp.ClientSession, prices: Sequence[int]) -> list
     for number in range(PRICE_ROUNDS):
         for price in measured:
             before = await _copies(session)
-            streams = [
-                _stream(
-                    session,
-                    f"{number} {price.checkpoint_tokens} {stream}",
-                    PRICE_PROMPT_TOKENS,
-                    price.checkpoint_tokens,
-                )
-                for stream in range(PRICE_STREAMS)
-            ]
+            headers = {"x-diptych-checkpoint": str(price.checkpoint_tokens), "x-diptych-prefer": "split"}
+            seeds = [f"{number} {price.checkpoint_tokens} {stream}" for stream in range(PRICE_STREAMS)]
+            streams = [_stream(session, seed, PRICE_PROMPT_TOKENS, headers) for seed in seeds]
             for gaps in await asyncio.gather(*streams):
                 price.gaps += gaps
             after = await _copies(session)
@@ -129,7 +123,8 @@ async def _longest_pause(session: aiohttp.ClientSession, case: Case, number: int
     async def strike(route: dict[str, str]) -> None:
         await _strike(session, case, route)
 
-    gaps = await _stream(session, f"{case.name} {number}", PROMPT_TOKENS, case.checkpoint_tokens, strike)
+    headers = {"x-diptych-checkpoint": str(case.checkpoint_tokens)}
+    gaps = await _stream(session, f"{case.name} {number}", PROMPT_TOKENS, headers, strike)
     if case.roles:
         await _until_all_are_back(session)
     return max(gaps)
@@ -139,7 +134,7 @@ async def _stream(
     session: aiohttp.ClientSession,
     seed: str,
     num_prompt: int,
-    checkpoint_tokens: int,
+    headers: dict[str, str],
     strike: Callable[[dict[str, str]], Awaitable[None]] | None = None,
 ) -> list[float]:
     """The gaps (s) between the tokens of one split stream; `strike` is told its route in the middle. Raises ValueError
@@ -150,7 +145,6 @@ async def _stream(
     body |= {"stream": True, "return_token_ids": True}
     token_ids: list[int] = []
     times: list[float] = []
-    headers = {"x-diptych-checkpoint": str(checkpoint_tokens)}
     async with session.post("/v1/completions", json=body, headers=headers) as response:
         route = dict(part.split("=") for part in response.headers["x-diptych-route"].split(";"))
         if "prefill" not in route:

@@ -60,6 +60,7 @@ class Request:
     one of lower `priority` goes first (vLLM's meaning of the number). `timeout` (seconds from arrival to the last
     token) is the client's own deadline, if it is less than the router's. `checkpoint_tokens` is after how many tokens
     another worker gets a copy of the stream's KV, again and again (`policy.checkpoints`); 0: never.
+    `race` is how many workers begin to prefill it, of which the first wins (`policy.races`).
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class Request:
     priority: int = 0
     timeout: float | None = None
     checkpoint_tokens: int = 0
+    race: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,13 @@ from diptych.front.event_stream import EventStream, outcome_of
 from diptych.front.generation import Generation
 from diptych.front.json_body import printable, read_json_object
 from diptych.front.openai_request import Caller, GenerationRequest, RequestBuilder
-from diptych.front.settings import MIN_CHECKPOINT_TOKENS, FrontSettings
+from diptych.front.settings import MAX_RACE, MIN_CHECKPOINT_TOKENS, FrontSettings
 from diptych.front.tenants import NOBODY, Tenant
 from diptych.front.tokenizer import TextCodec
 from diptych.telemetry.prometheus import ServerMetrics
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+RACE_HEADER = "x-diptych-race"
 CHECKPOINT_HEADER = "x-diptych-checkpoint"
 MAX_HEADER_DIGITS = 10  # of milliseconds: four months
 PREFERENCES = {"split": Preference.SPLIT, "local": Preference.LOCAL}
@@ -118,7 +119,11 @@ def caller_of(http: HttpRequest) -> Caller:
     """Raises RequestError for a header of ours that makes no sense."""
     tenant: Tenant = http.scope.get("state", {}).get("tenant", NOBODY)
     return Caller(
-        tenant=tenant, prefer=_preference(http), timeout=_timeout(http), checkpoint_tokens=_checkpoint_tokens(http)
+        tenant=tenant,
+        prefer=_preference(http),
+        timeout=_timeout(http),
+        checkpoint_tokens=_checkpoint_tokens(http),
+        race=_number(http, RACE_HEADER, f"a number from 1 to {MAX_RACE}", lambda number: 1 <= number <= MAX_RACE),
     )
 
 

@@ -34,7 +34,7 @@ class Attempts:
 
     def loads(self) -> dict[WorkerId, WorkerLoad]:
         """What each worker has been given and not finished."""
-        return loads_of(live for live in self.running.values() if live.shadow is None)
+        return loads_of(live for live in self.running.values() if live.is_load)
 
     def pending(self) -> list[Pending]:
         """Attempts that have been given to workers and have no first token yet."""
@@ -84,6 +84,15 @@ class Attempts:
         self.retried += live.attempt > 1
         return action
 
+    def give(self, rival: LiveRequest, stream: LiveRequest) -> None:
+        """A rival's attempt is the stream's from now on."""
+        stream.take_over(rival)
+        self.running[stream.attempt_id] = stream
+
+    def are_there(self, workers: Collection[WorkerId]) -> bool:
+        """Whether the router still has all of them."""
+        return all(worker in self._placement.workers for worker in workers)
+
     def resume(self, now: float) -> list[RouterAction]:
         """Whoever waits and need not any more, oldest first."""
         if not self.waiting or not self.trusted():
@@ -104,15 +113,16 @@ class Attempts:
     # ending
 
     def let_go(self, live: LiveRequest, now: float, finished_on: WorkerId | None = None) -> list[RouterAction]:
-        """End the attempt, if there is one, and the copy of its KV that is under way: have their workers stop, except
-        where it has ended by itself."""
+        """End the attempt, if there is one, with its rivals and the copy of its KV that is under way: have their
+        workers stop, except where it has ended by itself."""
         done = {finished_on, live.route.prefill if live.route is not None and live.handed_over else None}
         aborts: list[RouterAction] = [AbortOn(w, live.attempt_id) for w in live.workers if w not in done]
         self.running.pop(live.attempt_id, None)
         self.waiting.pop(live.request.request_id, None)
         live.stop(now)
-        copy, live.backup.copy = live.backup.copy, None
-        return aborts if copy is None else aborts + self.let_go(copy, now)
+        others = live.rivals if live.backup.copy is None else [*live.rivals, live.backup.copy]
+        live.rivals, live.backup.copy = [], None
+        return aborts + [action for other in others for action in self.let_go(other, now)]
 
     def retry(self, live: LiveRequest, now: float, avoid: Collection[WorkerId] = ()) -> list[RouterAction]:
         """Continue a log whose attempt has ended, now or when somebody can."""

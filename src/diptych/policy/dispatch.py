@@ -43,6 +43,7 @@ from diptych.policy.health import Health
 from diptych.policy.live_request import LiveRequest
 from diptych.policy.placement import Place, Placement
 from diptych.policy.prefix_index import PrefixIndex
+from diptych.policy.races import Races
 from diptych.policy.recovery import POISON, POISON_CRASHES, SETTLE_SECONDS, Fault, RecoverySettings, fault
 from diptych.policy.retry_budget import RetryBudget
 from diptych.policy.routing import Routing, WorkerLoad
@@ -75,6 +76,7 @@ class RouterPolicy:
         self._budget = RetryBudget()
         self._attempts = Attempts(self._placement, self.health, self._budget)
         self._shadows = Shadows(self._attempts, self._placement, self.health, settings.deadlines)
+        self._races = Races(self._attempts)
         self._draining: dict[WorkerId, float] = {}  # since when
         self._limits = limits or AdmissionLimits()
         self.admission = Admission(self._limits)
@@ -186,7 +188,7 @@ class RouterPolicy:
             if place is None or not room.fits(place.route, live.num_tokens):
                 break  # where it is served best they are busy: that is sooner done than what is second best
             self.admission.start(next_id, now)
-            actions.append(self._attempts.begin(live, place, now))
+            actions += [self._attempts.begin(live, place, now), *self._races.start(live, self._room, now)]
         return actions
 
     def _room(self) -> Room:
@@ -209,14 +211,16 @@ class RouterPolicy:
     def _first_token(self, event: FirstTokenMade, now: float) -> list[RouterAction]:
         self.health.token_from(event.worker_id, now)
         live = self._attempts.running.get(event.output.request_id)
+        actions: list[RouterAction] = []
         if live is not None and event.worker_id in live.workers:
+            live, actions = self._races.decide(live, now)
             live.prefill_tokens = 0
             live.kv_at[event.worker_id] = len(live.request.prompt_token_ids) + live.num_resumed
             if live.attempt == 1:  # what the client is told is how its prompt fared
                 live.num_cached_tokens = event.num_cached_tokens
                 live.timeline.queue_seconds = live.timeline.queued + event.queue_seconds
                 live.timeline.prefill_seconds = event.prefill_seconds
-        return self._token(event.worker_id, event.output, now)
+        return actions + self._token(event.worker_id, event.output, now)
 
     def _token(self, worker_id: WorkerId, output: TokenOutput, now: float) -> list[RouterAction]:
         live = self._attempts.running.get(output.request_id)
@@ -231,18 +235,12 @@ class RouterPolicy:
                 actions.append(Deliver(replace(following, request_id=live.request.request_id)))
             if following.finish is not None:
                 live.timeline.finished = now
-                self._succeeded(live, now)
+                self._shadows.succeeded(live, now)
                 actions += self._end(live, now, finished_on=worker_id)
                 break
         if not self.admission.queue:
             actions += self._shadows.copy(live, now)
         return actions
-
-    def _succeeded(self, live: LiveRequest, now: float) -> None:
-        if live.shadow is None:
-            self.health.served(live)
-        else:
-            self._shadows.succeeded(live, now)
 
     # ends
 
@@ -292,6 +290,9 @@ class RouterPolicy:
             message = f"{live.crashes} workers in a row failed while they served this request; the last: {why}"
             return self._give_up(live, ServingError(message, code=POISON), now, failed_on)
         live.last_error = why
+        replaced = self._races.replace(live, now, failed_on)
+        if replaced is not None:
+            return replaced
         actions = self._attempts.let_go(live, now, failed_on)
         return actions + self._attempts.retry(live, now, avoid)
 

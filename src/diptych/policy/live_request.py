@@ -27,6 +27,13 @@ class Checkpoint:
     stream: LiveRequest
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rival:
+    """A shadow that becomes a stream's attempt if its first token is the first."""
+
+    stream: LiveRequest
+
+
 @dataclass(slots=True, eq=False)
 class Backup:
     """What is known of the copies of a stream's KV.
@@ -56,6 +63,7 @@ class LiveRequest:
         wait, wait_since: what it waits for now, and since when.
         prefill_tokens: credited to the worker that prefills, until the first token.
         early: tokens ahead of a missing one.
+        attempt_id: what workers call the last attempt.
         attempt, began: number of the last one, 0 before the first, and when it began.
         num_resumed: tokens of the log that this attempt began with.
         kv_at: leading tokens of the log whose KV a worker has computed or received. Like the prefix index it is a
@@ -66,8 +74,8 @@ class LiveRequest:
         queued: seconds without a worker between attempts since the last token, not counting the present wait.
         last_error: why the last attempt ended, in words.
         is_late: the deadline of this wait has passed, and been blamed on somebody.
-        shadow: what it runs for, if it is no client's request. Nobody receives its tokens, and it takes nobody's place:
-            neither loads nor limits count it.
+        shadow: what it runs for, if it is no client's request. Nobody receives its tokens.
+        rivals: attempts that race with this one for the first token.
         backup: of a stream whose KV is copied to another worker while it runs.
     """
 
@@ -80,6 +88,7 @@ class LiveRequest:
     output_token_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     early: dict[int, TokenOutput] = field(default_factory=dict)
+    attempt_id: str = ""
     attempt: int = 0
     began: float = 0.0
     num_resumed: int = 0
@@ -90,13 +99,14 @@ class LiveRequest:
     queued: float = 0.0
     last_error: str = ""
     is_late: bool = False
-    shadow: Probe | Checkpoint | None = None
+    shadow: Probe | Checkpoint | Rival | None = None
+    rivals: list[LiveRequest] = field(default_factory=list)
     backup: Backup = field(default_factory=Backup)
 
     @property
-    def attempt_id(self) -> str:
-        """What workers call this attempt."""
-        return self.request.request_id if self.attempt <= 1 else f"{self.request.request_id}~{self.attempt}"
+    def is_load(self) -> bool:
+        """Whether it counts as work that a worker was given. Probes and checkpoints take nobody's place."""
+        return self.shadow is None or isinstance(self.shadow, Rival)
 
     @property
     def log(self) -> tuple[int, ...]:
@@ -170,6 +180,8 @@ class LiveRequest:
         if self.route is None:
             self.timeline.dispatched, self.timeline.split = now, route.prefill is not None
         self.attempt += 1
+        own_id = self.request.request_id
+        self.attempt_id = own_id if self.attempt == 1 else f"{own_id}~{self.attempt}"
         self.began = now
         self.route, self.prefill_tokens = route, prefill_tokens
         self.num_resumed = len(self.output_token_ids)
@@ -188,6 +200,13 @@ class LiveRequest:
         self.waits_for(Wait.FIRST_TOKEN, now)
         request, outputs = replace(self.request, request_id=self.attempt_id), tuple(self.output_token_ids)
         return StartPrefill(self.route.prefill, request, ticket, self.route.decode, self.route.transport, outputs)
+
+    def take_over(self, rival: LiveRequest) -> None:
+        """A rival's attempt, as far as it has come, is this stream's from now on."""
+        self.attempt_id, self.began, self.route = rival.attempt_id, rival.began, rival.route
+        self.prefill_tokens, self.early = rival.prefill_tokens, dict(rival.early)
+        self.wait, self.wait_since, self.is_late = rival.wait, rival.wait_since, rival.is_late
+        self.timeline.split = rival.pair is not None
 
     def stop(self, now: float) -> None:
         """The attempt is over; the stream waits for a worker."""

@@ -9,7 +9,7 @@ from diptych.policy.canary import canary
 from diptych.policy.checkpoints import TICKET_SECONDS, Checkpoints
 from diptych.policy.deadlines import Deadlines, Wait
 from diptych.policy.health import Health
-from diptych.policy.live_request import Checkpoint, LiveRequest, Pair, Probe
+from diptych.policy.live_request import Checkpoint, LiveRequest, Pair, Probe, Rival
 from diptych.policy.placement import Place, Placement
 from diptych.policy.recovery import Fault, fault
 
@@ -56,8 +56,10 @@ class Shadows:
         return self.checkpoints.keep(stream, now)
 
     def succeeded(self, live: LiveRequest, now: float) -> None:
-        """It has come to its end."""
+        """A shadow has come to its end, or a stream."""
         match live.shadow:
+            case None:
+                self._health.served(live)
             case Probe(target):
                 self._health.probed(target, True, now)
             case Checkpoint(stream):
@@ -72,14 +74,21 @@ class Shadows:
                 self._health.probed(target, False, now)
             case Checkpoint(stream):
                 self.checkpoints.ended(live, stream, ok=False)
-                if live.pair is not None and fault(code, split=True) is Fault.PAIR:
-                    self._health.handoff_failed(live.pair, now)
+            case Rival(stream):
+                stream.rivals.remove(live)
+                if failed_on is not None and fault(code, split=live.pair is not None) is Fault.WORKER:
+                    self._health.worker_failed(failed_on, now)
+        if live.pair is not None and fault(code, split=True) is Fault.PAIR and not isinstance(live.shadow, Probe):
+            self._health.handoff_failed(live.pair, now)
         return self._attempts.let_go(live, now, failed_on)
 
     def lost(self, live: LiveRequest, now: float, worker_id: WorkerId) -> list[RouterAction]:
         """A worker that it needs is gone."""
-        if isinstance(live.shadow, Checkpoint):
-            self.checkpoints.ended(live, live.shadow.stream, ok=False)
+        match live.shadow:
+            case Checkpoint(stream):
+                self.checkpoints.ended(live, stream, ok=False)
+            case Rival(stream):
+                stream.rivals.remove(live)
         return self._attempts.let_go(live, now, worker_id)
 
     def check_deadlines(self, now: float) -> list[RouterAction]:
@@ -90,6 +99,8 @@ class Shadows:
 
     def _is_late(self, live: LiveRequest, now: float) -> bool:
         age = now - live.timeline.arrived
+        if isinstance(live.shadow, Rival):
+            return False  # it ends with its race
         if isinstance(live.shadow, Probe):
             return age > self._deadlines.canary
         return age > (TICKET_SECONDS if live.wait is Wait.RESERVE else self._deadlines.checkpoint)

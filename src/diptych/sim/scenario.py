@@ -136,9 +136,12 @@ def draw(seed: int) -> Scenario:
 
 
 def _insured(scenario: Scenario, rng: random.Random) -> Scenario:
-    """The same, with some of its streams copied to other workers while they run."""
+    """The same, with some of its streams copied to other workers while they run, or their prefill raced."""
     requests = (
-        replace(spec, request=replace(spec.request, checkpoint_tokens=rng.choice((0, 1, 4, 8))))
+        replace(
+            spec,
+            request=replace(spec.request, checkpoint_tokens=rng.choice((0, 1, 4, 8)), race=rng.choice((1, 1, 2, 3))),
+        )
         for spec in scenario.requests
     )
     return replace(scenario, requests=tuple(requests))
