@@ -100,9 +100,9 @@ async def _prices(session: aiohttp.ClientSession, prices: Sequence[int]) -> list
             before = await _copies(session)
             headers = {"x-diptych-checkpoint": str(price.checkpoint_tokens), "x-diptych-prefer": "split"}
             seeds = [f"{number} {price.checkpoint_tokens} {stream}" for stream in range(PRICE_STREAMS)]
-            streams = [_stream(session, seed, PRICE_PROMPT_TOKENS, headers) for seed in seeds]
-            for gaps in await asyncio.gather(*streams):
-                price.gaps += gaps
+            streams = [token_times(session, seed, PRICE_PROMPT_TOKENS, headers) for seed in seeds]
+            for times in await asyncio.gather(*streams):
+                price.gaps += _gaps(times)
             after = await _copies(session)
             price.copies += after[0] - before[0]
             price.copied_tokens += after[1] - before[1]
@@ -124,60 +124,65 @@ async def _longest_pause(session: aiohttp.ClientSession, case: Case, number: int
         await _strike(session, case, route)
 
     headers = {"x-diptych-checkpoint": str(case.checkpoint_tokens)}
-    gaps = await _stream(session, f"{case.name} {number}", PROMPT_TOKENS, headers, strike)
+    times = await token_times(session, f"{case.name} {number}", PROMPT_TOKENS, headers, strike)
     if case.roles:
-        await _until_all_are_back(session)
-    return max(gaps)
+        await until_all_are_back(session)
+    return max(_gaps(times))
 
 
-async def _stream(
+async def token_times(
     session: aiohttp.ClientSession,
     seed: str,
     num_prompt: int,
     headers: dict[str, str],
     strike: Callable[[dict[str, str]], Awaitable[None]] | None = None,
 ) -> list[float]:
-    """The gaps (s) between the tokens of one split stream; `strike` is told its route in the middle. Raises ValueError
-    if its tokens are not the right ones, or if it was not split."""
+    """When the tokens of one split stream came (s after it was sent); `strike` is told its route in the middle. Raises
+    ValueError if its tokens are not the right ones, or if it was not split."""
     rng = random.Random(seed)
     prompt = [rng.randrange(1, 256) for _ in range(num_prompt)]
     body = {"model": "scripted", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0}
     body |= {"stream": True, "return_token_ids": True}
     token_ids: list[int] = []
     times: list[float] = []
+    sent = time.monotonic()
     async with session.post("/v1/completions", json=body, headers=headers) as response:
         route = dict(part.split("=") for part in response.headers["x-diptych-route"].split(";"))
         if "prefill" not in route:
             raise ValueError(f"{seed}: the request was not split")
         async for line in response.content:
             if line.startswith(b"data: {"):
-                times.append(time.monotonic())
+                times.append(time.monotonic() - sent)
                 token_ids += json.loads(line.removeprefix(b"data: "))["choices"][0]["token_ids"]
                 if len(times) == STRIKE_AT and strike is not None:
                     await strike(route)
     if token_ids != expected_tokens(prompt, OUTPUT_TOKENS):
         raise ValueError(f"{seed}: the answer has changed")
+    return times
+
+
+def _gaps(times: Sequence[float]) -> list[float]:
     return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 
 
-async def _until_all_are_back(session: aiohttp.ClientSession) -> None:
+async def until_all_are_back(session: aiohttp.ClientSession) -> None:
     while True:
-        if all(worker["state"] == "ready" for worker in await _workers(session)):
+        if all(worker["state"] == "ready" for worker in await workers(session)):
             break
         await asyncio.sleep(0.1)
     await asyncio.sleep(SETTLE_SECONDS)
 
 
 async def _strike(session: aiohttp.ClientSession, case: Case, route: dict[str, str]) -> None:
-    pids = {worker["id"]: worker["pid"] for worker in await _workers(session)}
+    pids = {worker["id"]: worker["pid"] for worker in await workers(session)}
     for role in case.roles:
         os.kill(pids[route[role]], case.signum)
 
 
-async def _workers(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
+async def workers(session: aiohttp.ClientSession) -> list[dict[str, Any]]:
     async with session.get("/fleet") as response:
-        workers: list[dict[str, Any]] = (await response.json())["workers"]
-        return workers
+        views: list[dict[str, Any]] = (await response.json())["workers"]
+        return views
 
 
 def main() -> None:
