@@ -11,7 +11,9 @@ from diptych.core.events import HandoffFailed, RequestFailed, Tick, WorkerUpdate
 from diptych.core.fleet import Role
 from diptych.core.request import Preference, Request, SamplingParams
 from diptych.engine.scripted import expected_tokens
+from diptych.policy.admission import AdmissionLimits
 from diptych.policy.live_request import Checkpoint, LiveRequest
+from diptych.policy.saturation import RoomLimits
 
 FLEET = {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE}
 PROMPT = tuple(range(1, 41))  # 10 blocks
@@ -201,10 +203,9 @@ def test_while_there_is_no_room_nothing_is_copied(trouble: str) -> None:
             stats = replace(stats, blocks_used=view.num_blocks - 20)
         elif (trouble == "buddy busy" and name != source) or (trouble == "source busy" and name == source):
             stats = replace(stats, waiting=1)
-        elif trouble == "queue":
-            stats = replace(stats, waiting=100, blocks_used=view.num_blocks)
         world.route(WorkerUpdated(replace(view, stats=stats)))
     if trouble == "queue":
+        world.router._limits = AdmissionLimits(room=RoomLimits(max_pending=0))
         world.submit(insured("other"))
         assert world.router.admission.queue
     run_until(world, 30)

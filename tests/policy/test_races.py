@@ -45,6 +45,16 @@ def test_whoever_wins_the_answer_is_right_and_the_others_end_at_once(seed: int) 
         assert world.step()
     assert len(runners(world)) == 1
     ends_well(world, raced())
+    assert world.router.retried == 0
+
+
+def test_a_rival_that_needs_the_dead_worker_too_gets_nothing() -> None:
+    world = World(0, {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE})
+    world.submit(raced())
+    assert len(runners(world)) == 2
+    world.kill("d0", back=False)
+    assert "d0" not in world.router.live["r"].workers
+    ends_well(world, raced())
 
 
 def test_any_of_them_may_win() -> None:
@@ -125,3 +135,16 @@ def test_a_client_that_goes_away_ends_the_race(seed: int) -> None:
     assert not runners(world)
     world.run()
     world.check_clean()
+
+
+def test_tokens_that_overtake_a_rival_s_first_one_are_kept() -> None:
+    world = World(0, FLEET)
+    world.submit(raced())
+    [rival] = world.router.live["r"].rivals
+    held = {("p0", "router"), ("p1", "router"), ("p2", "router")}
+    while not rival.early:
+        key = next(key for key in world.under_way() if key not in held)
+        world.queues[key].popleft()[1]()
+    world.queues[(rival.prefiller, "router")].popleft()[1]()
+    assert len(world.tokens["r"]) >= 2
+    ends_well(world, raced())

@@ -64,5 +64,4 @@ class Races:
     ) -> list[RouterAction]:
         actions = self._attempts.let_go(stream, now, failed_on)
         self._attempts.give(rival, stream)
-        rival.stop(now)
         return actions
