@@ -38,6 +38,7 @@ bench-overlap: $(VENV)/dev.stamp  ## how much of a hand-off the prefill hides (b
 bench-survival: $(VENV)/dev.stamp  ## what a killed worker costs
 	$(BIN)/python -m diptych.bench.survival --json benchmarks/survival.json
 	$(BIN)/python -m diptych.bench.pauses --json benchmarks/pauses.json
+	$(BIN)/python -m diptych.bench.races --json benchmarks/races.json
 
 fault-sim: $(VENV)/dev.stamp  ## N=... simulated histories with faults; SEED=... tells one of them
 	$(BIN)/python -m diptych.bench.fault_sim -n $(or $(N),2000) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -95,6 +95,10 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
         float, Option(min=0.001, help="Requests that would wait longer for their turn get 429.")
     ] = 60.0,
     max_connections: Annotated[int, Option(min=1, help="Connections of clients at once; beyond that 503.")] = 8192,
+    checkpoint_tokens: Annotated[
+        int, Option(min=0, help="Copy each stream's KV to another worker every so many tokens; 0: never.")
+    ] = 0,
+    race_prefill: Annotated[int, Option(min=1, max=4, help="Workers that prefill each prompt; the first wins.")] = 1,
     served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
     api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
     tenants: Annotated[Path | None, Option(help="TOML file of tenants: keys, weights and limits.")] = None,
@@ -138,6 +142,8 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
             max_requests=max_requests,
             max_queue_seconds=max_queue_seconds,
             max_connections=max_connections,
+            checkpoint_tokens=checkpoint_tokens,
+            race_prefill=race_prefill,
             tenants=Tenants() if tenants is None else read_tenants(tenants),
         ),
         join=None

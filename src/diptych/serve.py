@@ -91,6 +91,8 @@ class HttpSettings:
     max_requests: int = 1024
     max_queue_seconds: float = 60.0
     max_connections: int = 8192
+    checkpoint_tokens: int = 0
+    race_prefill: int = 1
     tenants: Tenants = field(default_factory=Tenants)
 
     @property
@@ -156,6 +158,8 @@ class ServeSettings:
             raise ConfigError("no workers: give --prefill and --decode, or --mixed, or --listen for others to join")
         if self.join is not None and "tcp" not in self.transports:
             raise ConfigError(f"--transport {self.pools.transport} does not reach workers that --listen lets in")
+        if self.http.checkpoint_tokens and not self.cache.prefix_caching:
+            raise ConfigError("--checkpoint-tokens needs the prefix cache: it is where copies come from and go to")
 
     @property
     def transports(self) -> tuple[str, ...]:
@@ -235,6 +239,8 @@ async def _front(
         served_model_names=names,
         keys=settings.http.keys,
         max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
+        checkpoint_tokens=settings.http.checkpoint_tokens,
+        race=settings.http.race_prefill,
     )
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE

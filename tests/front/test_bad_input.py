@@ -257,6 +257,33 @@ def test_preference_header() -> None:
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-diptych-prefer")
 
 
+def test_checkpoint_header() -> None:
+    dispatcher = FakeDispatcher()
+    for value in ("0", "16", "4096"):
+        assert ask(dispatcher, *completion(), headers={"x-diptych-checkpoint": value}).status_code == 200
+        assert dispatcher.streams[-1].request.checkpoint_tokens == int(value)
+    for value in ("1", "-16", "16.0", "\u0664\u0662", "9" * 11):
+        refused = ask(dispatcher, *completion(), headers={"x-diptych-checkpoint": value.encode()})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-diptych-checkpoint")
+
+
+def test_race_header() -> None:
+    dispatcher = FakeDispatcher()
+    for headers, race in (({"x-diptych-race": "3"}, 3), ({"x-diptych-race": "1"}, 1), ({}, 2)):
+        assert ask(dispatcher, *completion(), headers=headers, race=2).status_code == 200
+        assert dispatcher.streams[-1].request.race == race
+    for value in ("0", "5", "two"):
+        refused = ask(dispatcher, *completion(), headers={"x-diptych-race": value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-diptych-race")
+
+
+def test_what_the_deployment_says_about_checkpoints_holds_unless_a_request_says_otherwise() -> None:
+    dispatcher = FakeDispatcher()
+    for headers, tokens in (({}, 64), ({"x-diptych-checkpoint": "0"}, 0)):
+        assert ask(dispatcher, *completion(), headers=headers, checkpoint_tokens=64).status_code == 200
+        assert dispatcher.streams[-1].request.checkpoint_tokens == tokens
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

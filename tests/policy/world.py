@@ -121,7 +121,7 @@ class WorldWorker:
         )
         self.tickets[claims.request_id] = claims
         self.world.claims[claims.request_id] = claims
-        event = on.TicketGranted(self.worker_id, claims.request_id, claims.request_id.encode(), 0)
+        event = on.TicketGranted(self.worker_id, claims.request_id, claims.request_id.encode(), grant.num_cached_tokens)
         self.world.send(self.worker_id, "router", lambda: self.world.route(event))
 
     def push(self, push: do.PushPages, layer: int) -> None:

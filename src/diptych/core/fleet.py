@@ -115,6 +115,8 @@ class RouterStats:
     waiting: int = 0  # requests in the queue
     waiting_tokens: int = 0  # of their prompts
     retried: int = 0  # attempts after the first
+    checkpoints: int = 0  # copies of streams' KV that arrived
+    checkpoint_tokens: int = 0  # of the logs, whose KV was sent for them
     ignored: int = 0  # messages about requests that are over, and tokens that came twice
 
 

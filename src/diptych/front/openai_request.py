@@ -69,11 +69,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """What the headers say: whose request it is, the wish about splitting, and the seconds it may take."""
+    """What the headers say: whose request it is, the wish about splitting, the seconds it may take, and after how many
+    tokens its KV is copied and how many workers prefill it (None: as the deployment does)."""
 
     tenant: Tenant = NOBODY
     prefer: Preference = Preference.AUTO
     timeout: float | None = None
+    checkpoint_tokens: int | None = None
+    race: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,9 @@ class RequestBuilder:
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
         cache_salt = _cache_salt(caller.tenant, body.cache_salt)
+        every, default = caller.checkpoint_tokens, self._settings
+        checkpoint_tokens = default.checkpoint_tokens if every is None else every
+        race = default.race if caller.race is None else caller.race
         requests: list[Request] = []
         for prompt in prompts:
             max_tokens = max_tokens_for(body, len(prompt), self._model.max_model_len)
@@ -174,6 +180,8 @@ class RequestBuilder:
                         tenant=caller.tenant.name,
                         priority=body.priority or 0,
                         timeout=caller.timeout,
+                        checkpoint_tokens=checkpoint_tokens,
+                        race=race,
                     )
                 )
         options = body.stream_options or StreamOptions()

@@ -21,13 +21,15 @@ from diptych.front.event_stream import EventStream, outcome_of
 from diptych.front.generation import Generation
 from diptych.front.json_body import printable, read_json_object
 from diptych.front.openai_request import Caller, GenerationRequest, RequestBuilder
-from diptych.front.settings import FrontSettings
+from diptych.front.settings import MAX_RACE, MIN_CHECKPOINT_TOKENS, FrontSettings
 from diptych.front.tenants import NOBODY, Tenant
 from diptych.front.tokenizer import TextCodec
 from diptych.telemetry.prometheus import ServerMetrics
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
-MAX_TIMEOUT_DIGITS = 10  # four months
+RACE_HEADER = "x-diptych-race"
+CHECKPOINT_HEADER = "x-diptych-checkpoint"
+MAX_HEADER_DIGITS = 10  # of milliseconds: four months
 PREFERENCES = {"split": Preference.SPLIT, "local": Preference.LOCAL}
 
 
@@ -116,7 +118,13 @@ def writer_for(request: GenerationRequest, codec: TextCodec) -> ChatAnswer | Com
 def caller_of(http: HttpRequest) -> Caller:
     """Raises RequestError for a header of ours that makes no sense."""
     tenant: Tenant = http.scope.get("state", {}).get("tenant", NOBODY)
-    return Caller(tenant=tenant, prefer=_preference(http), timeout=_timeout(http))
+    return Caller(
+        tenant=tenant,
+        prefer=_preference(http),
+        timeout=_timeout(http),
+        checkpoint_tokens=_checkpoint_tokens(http),
+        race=_number(http, RACE_HEADER, f"a number from 1 to {MAX_RACE}", lambda number: 1 <= number <= MAX_RACE),
+    )
 
 
 def _preference(http: HttpRequest) -> Preference:
@@ -131,10 +139,21 @@ def _preference(http: HttpRequest) -> Preference:
 
 def _timeout(http: HttpRequest) -> float | None:
     """Seconds that the client gives the whole answer."""
-    text = http.headers.get(TIMEOUT_HEADER)
+    milliseconds = _number(http, TIMEOUT_HEADER, "a whole number of milliseconds above 0", lambda number: number > 0)
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _checkpoint_tokens(http: HttpRequest) -> int | None:
+    """After how many tokens the stream's KV is copied to another worker."""
+    meaning = f"a number of tokens, at least {MIN_CHECKPOINT_TOKENS}, or 0 for no copies"
+    return _number(http, CHECKPOINT_HEADER, meaning, lambda number: number == 0 or number >= MIN_CHECKPOINT_TOKENS)
+
+
+def _number(http: HttpRequest, header: str, meaning: str, accepts: Callable[[int], bool]) -> int | None:
+    """Of a header, if there. Raises RequestError if it is not what it is meant to be."""
+    text = http.headers.get(header)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) <= MAX_TIMEOUT_DIGITS and int(text) > 0):
-        message = f"{TIMEOUT_HEADER} is a whole number of milliseconds above 0, not {printable(text)!r}"
-        raise RequestError(message, param=TIMEOUT_HEADER, code="invalid_value")
-    return int(text) / 1000
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_HEADER_DIGITS and accepts(int(text))):
+        raise RequestError(f"{header} is {meaning}, not {printable(text)!r}", param=header, code="invalid_value")
+    return int(text)

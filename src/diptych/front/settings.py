@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from diptych.core.errors import ConfigError
 from diptych.front.tenants import TenantKeys
 
+MIN_CHECKPOINT_TOKENS = 16  # a copy more often would bring less than a block
+MAX_RACE = 4  # workers that prefill one prompt
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSettings:
@@ -21,6 +24,7 @@ class FrontSettings:
         write_timeout: seconds in which a client must take what a stream wants to send; then it is cancelled.
         keep_alive_seconds: a stream that has nothing to say for so long sends a comment, lest something on the
             way takes it for dead.
+        checkpoint_tokens, race: what the fields of a `Request` are unless a header says otherwise.
     """
 
     served_model_names: tuple[str, ...]
@@ -30,7 +34,11 @@ class FrontSettings:
     body_timeout: float = 30.0
     write_timeout: float = 60.0
     keep_alive_seconds: float = 15.0
+    checkpoint_tokens: int = 0
+    race: int = 1
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("a served model needs a name; give one with --served-model-name")
+        if self.checkpoint_tokens and self.checkpoint_tokens < MIN_CHECKPOINT_TOKENS:
+            raise ConfigError(f"--checkpoint-tokens is 0 or at least {MIN_CHECKPOINT_TOKENS}")

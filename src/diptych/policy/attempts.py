@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from diptych.core.actions import AbortOn, RouterAction
-from diptych.core.fleet import Route, WorkerId, WorkerView
-from diptych.policy.canary import canary
+from diptych.core.fleet import WorkerId, WorkerView
 from diptych.policy.health import Health
-from diptych.policy.live_request import LiveRequest, Pair
+from diptych.policy.live_request import LiveRequest
 from diptych.policy.placement import Avoid, Place, Placement, loads_of
 from diptych.policy.recovery import POISON_CRASHES
 from diptych.policy.retry_budget import RetryBudget, wait_before_retry
@@ -32,11 +31,10 @@ class Attempts:
         self._placement = placement
         self._health = health
         self._budget = budget
-        self._num_canaries = 0
 
     def loads(self) -> dict[WorkerId, WorkerLoad]:
         """What each worker has been given and not finished."""
-        return loads_of(live for live in self.running.values() if live.probes is None)
+        return loads_of(live for live in self.running.values() if live.is_load)
 
     def pending(self) -> list[Pending]:
         """Attempts that have been given to workers and have no first token yet."""
@@ -46,9 +44,9 @@ class Attempts:
             if live.route is not None and live.prefill_tokens
         ]
 
-    def canaries(self) -> list[LiveRequest]:
+    def shadows(self) -> list[LiveRequest]:
         """Those under way."""
-        return [live for live in self.running.values() if live.probes is not None]
+        return [live for live in self.running.values() if live.shadow is not None]
 
     # beginning
 
@@ -68,9 +66,9 @@ class Attempts:
         """Where the log is continued best; None if there is nobody but those to avoid."""
         return self._placement.place(live, self.loads(), self._whom_to_avoid(avoid))
 
-    def onward(self, live: LiveRequest, source: WorkerView) -> Place | None:
+    def onward(self, live: LiveRequest, source: WorkerView, avoid: Collection[WorkerId] = ()) -> Place | None:
         """Where `source`, which has all of its KV, can hand a stream over to."""
-        return self._placement.onward(live, source, self.loads(), self._whom_to_avoid())
+        return self._placement.onward(live, source, self.loads(), self._whom_to_avoid(avoid))
 
     def _whom_to_avoid(self, more: Collection[WorkerId] = ()) -> Avoid:
         return Avoid(self._health.workers.blocked().union(more), self._health.pairs.blocked())
@@ -85,6 +83,15 @@ class Attempts:
         self.running[live.attempt_id] = live
         self.retried += live.attempt > 1
         return action
+
+    def give(self, rival: LiveRequest, stream: LiveRequest) -> None:
+        """A rival's attempt is the stream's from now on."""
+        stream.take_over(rival)
+        self.running[stream.attempt_id] = stream
+
+    def are_there(self, workers: Collection[WorkerId]) -> bool:
+        """Whether the router still has all of them."""
+        return all(worker in self._placement.workers for worker in workers)
 
     def resume(self, now: float) -> list[RouterAction]:
         """Whoever waits and need not any more, oldest first."""
@@ -106,13 +113,16 @@ class Attempts:
     # ending
 
     def let_go(self, live: LiveRequest, now: float, finished_on: WorkerId | None = None) -> list[RouterAction]:
-        """End the attempt, if there is one: have its workers stop, except where it has ended by itself."""
+        """End the attempt, if there is one, with its rivals and the copy of its KV that is under way: have their
+        workers stop, except where it has ended by itself."""
         done = {finished_on, live.route.prefill if live.route is not None and live.handed_over else None}
         aborts: list[RouterAction] = [AbortOn(w, live.attempt_id) for w in live.workers if w not in done]
         self.running.pop(live.attempt_id, None)
         self.waiting.pop(live.request.request_id, None)
         live.stop(now)
-        return aborts
+        others = live.rivals if live.backup.copy is None else [*live.rivals, live.backup.copy]
+        live.rivals, live.backup.copy = [], None
+        return aborts + [action for other in others for action in self.let_go(other, now)]
 
     def retry(self, live: LiveRequest, now: float, avoid: Collection[WorkerId] = ()) -> list[RouterAction]:
         """Continue a log whose attempt has ended, now or when somebody can."""
@@ -124,29 +134,7 @@ class Attempts:
         """Continue a log that still runs somewhere at another place."""
         return [*self.let_go(live, now), self.begin(live, place, now)]
 
-    # canaries
-
-    def probe(self, now: float) -> list[RouterAction]:
-        """Send a canary to whoever has been out of use for long enough."""
-        if self._health.all_well:
-            return []
-        ready = {worker.worker_id: worker for worker in self._placement.ready()}
-        actions: list[RouterAction] = []
-        for target in self._health.due(ready, now):
-            route = self._route_to(target, ready)
-            if route is not None:
-                self._num_canaries += 1
-                self._health.probe(target)
-                live = canary(self._num_canaries, target, now)
-                actions.append(self.begin(live, Place(route, 0), now))
-        return actions
-
-    def _route_to(self, target: WorkerId | Pair, ready: dict[WorkerId, WorkerView]) -> Route | None:
-        if not isinstance(target, tuple):
-            return Route(target)
-        prefill, decode = target
-        transport = self._placement.transport(ready[prefill], ready[decode])
-        return None if transport is None else Route(decode, prefill, transport)
+    # time
 
     def wake_at(self, now: float) -> float | None:
         """When there will be something to start that has to wait now."""

@@ -31,6 +31,7 @@ class Deadlines:
             it stays where it is, and ends once it has waited for another `queue` seconds.
         total: of a request, whatever happens; a client may lower it (`Request.timeout`).
         canary: for a probe to succeed.
+        checkpoint: for a copy of a stream's KV to reach the worker that is to keep it.
         drain: that a worker which leaves may keep a stream that cannot be handed over with its KV.
     """
 
@@ -40,6 +41,7 @@ class Deadlines:
     stall: float = 10.0
     total: float = 1800.0
     canary: float = 10.0
+    checkpoint: float = 30.0
     drain: float = 20.0
 
     def of(self, wait: Wait) -> float:

@@ -43,17 +43,19 @@ from diptych.policy.health import Health
 from diptych.policy.live_request import LiveRequest
 from diptych.policy.placement import Place, Placement
 from diptych.policy.prefix_index import PrefixIndex
+from diptych.policy.races import Races
 from diptych.policy.recovery import POISON, POISON_CRASHES, SETTLE_SECONDS, Fault, RecoverySettings, fault
 from diptych.policy.retry_budget import RetryBudget
 from diptych.policy.routing import Routing, WorkerLoad
 from diptych.policy.saturation import Room
+from diptych.policy.shadows import Shadows
 
 
 class RouterPolicy:
     """The decisions of the router.
 
     Attributes:
-        live: accepted requests that have not ended, by id. (Canaries are not among them.)
+        live: accepted requests that have not ended, by id. (Shadows are not among them.)
         ignored: messages about requests that are over, and tokens that came twice.
         moved: streams handed over by workers that leave.
     """
@@ -73,6 +75,8 @@ class RouterPolicy:
         self._placement = Placement(routing, index or PrefixIndex(capacity=1 << 20))
         self._budget = RetryBudget()
         self._attempts = Attempts(self._placement, self.health, self._budget)
+        self._shadows = Shadows(self._attempts, self._placement, self.health, settings.deadlines)
+        self._races = Races(self._attempts)
         self._draining: dict[WorkerId, float] = {}  # since when
         self._limits = limits or AdmissionLimits()
         self.admission = Admission(self._limits)
@@ -82,7 +86,7 @@ class RouterPolicy:
         """Take one event; returns what to do, in order."""
         actions = self._handle(event, now)
         if not isinstance(event, RequestSubmitted):
-            actions += self._attempts.probe(now)
+            actions += self._shadows.probe(now)
             actions += self._attempts.resume(now)
             if self.admission.queue and _may_make_room(event):
                 actions += self._start_waiting(now)
@@ -94,8 +98,8 @@ class RouterPolicy:
                 return self._submit(request, now)
             case RequestCancelled(request_id):
                 return self._cancel(request_id, now)
-            case TicketGranted(worker_id, request_id, ticket, _):
-                return self._granted(worker_id, request_id, ticket, now)
+            case TicketGranted():
+                return self._granted(event, now)
             case FirstTokenMade():
                 return self._first_token(event, now)
             case TokensMade(worker_id, outputs):
@@ -133,6 +137,8 @@ class RouterPolicy:
             waiting=waiting,
             waiting_tokens=self.admission.queue.prompt_tokens,
             retried=self.retried,
+            checkpoints=self._shadows.checkpoints.taken,
+            checkpoint_tokens=self._shadows.checkpoints.tokens,
             ignored=self.ignored,
         )
 
@@ -142,7 +148,7 @@ class RouterPolicy:
 
     def is_needed(self, worker_id: WorkerId) -> bool:
         """Whether a live request still depends on this worker."""
-        return any(live.needs(worker_id) for live in self._attempts.running.values() if live.probes is None)
+        return any(live.needs(worker_id) for live in self._attempts.running.values() if live.shadow is None)
 
     def serving(self) -> list[WorkerView]:
         """Workers that get clients' requests: ready, and trusted."""
@@ -182,18 +188,19 @@ class RouterPolicy:
             if place is None or not room.fits(place.route, live.num_tokens):
                 break  # where it is served best they are busy: that is sooner done than what is second best
             self.admission.start(next_id, now)
-            actions.append(self._attempts.begin(live, place, now))
+            actions += [self._attempts.begin(live, place, now), *self._races.start(live, self._room, now)]
         return actions
 
     def _room(self) -> Room:
         return Room(self.workers.values(), self._attempts.pending(), self._limits.room)
 
-    def _granted(self, worker_id: WorkerId, request_id: str, ticket: bytes, now: float) -> list[RouterAction]:
-        live = self._attempts.running.get(request_id)
-        if live is None or live.pair is None or live.pair[1] != worker_id:
+    def _granted(self, event: TicketGranted, now: float) -> list[RouterAction]:
+        live = self._attempts.running.get(event.request_id)
+        if live is None or live.pair is None or live.pair[1] != event.worker_id:
             self.ignored += 1
-            return [AbortOn(worker_id, request_id)]
-        start = live.prefill_with(ticket, now)
+            return [AbortOn(event.worker_id, event.request_id)]
+        live.kv_at[event.worker_id] = event.num_cached_tokens
+        start = live.prefill_with(event.ticket, now)
         if start is None:
             self.ignored += 1
             return []
@@ -204,14 +211,16 @@ class RouterPolicy:
     def _first_token(self, event: FirstTokenMade, now: float) -> list[RouterAction]:
         self.health.token_from(event.worker_id, now)
         live = self._attempts.running.get(event.output.request_id)
+        actions: list[RouterAction] = []
         if live is not None and event.worker_id in live.workers:
+            live, actions = self._races.decide(live, now)
             live.prefill_tokens = 0
             live.kv_at[event.worker_id] = len(live.request.prompt_token_ids) + live.num_resumed
             if live.attempt == 1:  # what the client is told is how its prompt fared
                 live.num_cached_tokens = event.num_cached_tokens
                 live.timeline.queue_seconds = live.timeline.queued + event.queue_seconds
                 live.timeline.prefill_seconds = event.prefill_seconds
-        return self._token(event.worker_id, event.output, now)
+        return actions + self._token(event.worker_id, event.output, now)
 
     def _token(self, worker_id: WorkerId, output: TokenOutput, now: float) -> list[RouterAction]:
         live = self._attempts.running.get(output.request_id)
@@ -222,20 +231,16 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         while (following := live.early.pop(len(live.output_token_ids), None)) is not None:
             live.append(following.token.token_id, now)
-            if live.probes is None:
+            if live.shadow is None:
                 actions.append(Deliver(replace(following, request_id=live.request.request_id)))
             if following.finish is not None:
                 live.timeline.finished = now
-                self._succeeded(live, now)
+                self._shadows.succeeded(live, now)
                 actions += self._end(live, now, finished_on=worker_id)
                 break
+        if not self.admission.queue:
+            actions += self._shadows.copy(live, now)
         return actions
-
-    def _succeeded(self, live: LiveRequest, now: float) -> None:
-        if live.probes is None:
-            self.health.served(live)
-        else:
-            self.health.probed(live.probes, True, now)
 
     # ends
 
@@ -264,8 +269,8 @@ class RouterPolicy:
             return []  # only the news that its pages were accepted got lost
         if event.worker_id == live.route.decode and event.code == "handoff_abandoned":
             return []  # the prefill worker had a reason (say, the first token was the last), and gives it itself
-        if live.probes is not None:
-            return self._canary_failed(live, now, event.worker_id)
+        if live.shadow is not None:
+            return self._shadows.failed(live, now, event.worker_id, event.code)
         verdict = fault(event.code, live.pair is not None)
         if verdict is Fault.REQUEST:
             return self._give_up(live, ServingError(event.message, code=event.code), now, event.worker_id)
@@ -285,13 +290,11 @@ class RouterPolicy:
             message = f"{live.crashes} workers in a row failed while they served this request; the last: {why}"
             return self._give_up(live, ServingError(message, code=POISON), now, failed_on)
         live.last_error = why
+        replaced = self._races.replace(live, now, failed_on)
+        if replaced is not None:
+            return replaced
         actions = self._attempts.let_go(live, now, failed_on)
         return actions + self._attempts.retry(live, now, avoid)
-
-    def _canary_failed(self, live: LiveRequest, now: float, failed_on: WorkerId | None = None) -> list[RouterAction]:
-        if live.probes is not None:
-            self.health.probed(live.probes, False, now)
-        return self._attempts.let_go(live, now, failed_on)
 
     # workers
 
@@ -315,8 +318,8 @@ class RouterPolicy:
         for live in list(self._attempts.running.values()):
             if not live.needs(worker_id):
                 continue
-            if live.probes is not None:
-                actions += self._attempts.let_go(live, now, worker_id)
+            if live.shadow is not None:
+                actions += self._shadows.lost(live, now, worker_id)
                 continue
             sent_too_late = live.retries == 1 and now - live.began < SETTLE_SECONDS
             live.crashes += died and not sent_too_late and live.computes_on(worker_id)
@@ -329,7 +332,7 @@ class RouterPolicy:
         overtime = now - self._draining[source.worker_id] > self._deadlines.drain
         actions: list[RouterAction] = []
         for live in list(self._attempts.running.values()):
-            if live.probes is not None or not live.needs(source.worker_id):
+            if live.shadow is not None or not live.needs(source.worker_id):
                 continue
             place: Place | None = None
             if live.decodes:
@@ -349,14 +352,12 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         for worker_id in list(self._draining):
             actions += self._move_off(self.workers[worker_id], now)
-        for live in [*self.live.values(), *self._attempts.canaries()]:
+        for live in list(self.live.values()):
             actions += self._check_deadlines(live, now)
-        return actions
+        return actions + self._shadows.check_deadlines(now)
 
     def _check_deadlines(self, live: LiveRequest, now: float) -> list[RouterAction]:
         age, waited, limits = now - live.timeline.arrived, now - live.wait_since, self._deadlines
-        if live.probes is not None:
-            return self._canary_failed(live, now) if age > limits.canary else []
         total = limits.total if live.request.timeout is None else min(limits.total, live.request.timeout)
         if age > total:
             return self._time_out(live, f"the request was not finished within {total:g} s", TOTAL_TIMEOUT, now)

@@ -12,6 +12,45 @@ from diptych.policy.deadlines import Wait
 
 Pair = tuple[WorkerId, WorkerId]  # (prefill, decode)
 
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A shadow that shows whether a worker, or a pair, can be trusted again."""
+
+    target: WorkerId | Pair
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A shadow that takes a copy of a stream's KV to another worker."""
+
+    stream: LiveRequest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rival:
+    """A shadow that becomes a stream's attempt if its first token is the first."""
+
+    stream: LiveRequest
+
+
+@dataclass(slots=True, eq=False)
+class Backup:
+    """What is known of the copies of a stream's KV.
+
+    Attributes:
+        buddy: who keeps them; None while nobody does.
+        due: the length of the log (tokens) at which the next copy is made.
+        copy: the attempt that takes one there now.
+        attempt: of the stream, for which the others hold.
+    """
+
+    buddy: WorkerId | None = None
+    due: int = 0
+    copy: LiveRequest | None = None
+    attempt: int = 0
+
+
 PROGRESS_TOKENS = 8  # an attempt that has come so far has nothing wrong with its request
 
 
@@ -24,6 +63,7 @@ class LiveRequest:
         wait, wait_since: what it waits for now, and since when.
         prefill_tokens: credited to the worker that prefills, until the first token.
         early: tokens ahead of a missing one.
+        attempt_id: what workers call the last attempt.
         attempt, began: number of the last one, 0 before the first, and when it began.
         num_resumed: tokens of the log that this attempt began with.
         kv_at: leading tokens of the log whose KV a worker has computed or received. Like the prefix index it is a
@@ -34,7 +74,9 @@ class LiveRequest:
         queued: seconds without a worker between attempts since the last token, not counting the present wait.
         last_error: why the last attempt ended, in words.
         is_late: the deadline of this wait has passed, and been blamed on somebody.
-        probes: what this request is the canary of; nobody receives its tokens.
+        shadow: what it runs for, if it is no client's request. Nobody receives its tokens.
+        rivals: attempts that race with this one for the first token.
+        backup: of a stream whose KV is copied to another worker while it runs.
     """
 
     request: Request
@@ -46,6 +88,7 @@ class LiveRequest:
     output_token_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     early: dict[int, TokenOutput] = field(default_factory=dict)
+    attempt_id: str = ""
     attempt: int = 0
     began: float = 0.0
     num_resumed: int = 0
@@ -56,12 +99,14 @@ class LiveRequest:
     queued: float = 0.0
     last_error: str = ""
     is_late: bool = False
-    probes: WorkerId | Pair | None = None
+    shadow: Probe | Checkpoint | Rival | None = None
+    rivals: list[LiveRequest] = field(default_factory=list)
+    backup: Backup = field(default_factory=Backup)
 
     @property
-    def attempt_id(self) -> str:
-        """What workers call this attempt."""
-        return self.request.request_id if self.attempt <= 1 else f"{self.request.request_id}~{self.attempt}"
+    def is_load(self) -> bool:
+        """Whether it counts as work that a worker was given. Probes and checkpoints take nobody's place."""
+        return self.shadow is None or isinstance(self.shadow, Rival)
 
     @property
     def log(self) -> tuple[int, ...]:
@@ -135,6 +180,8 @@ class LiveRequest:
         if self.route is None:
             self.timeline.dispatched, self.timeline.split = now, route.prefill is not None
         self.attempt += 1
+        own_id = self.request.request_id
+        self.attempt_id = own_id if self.attempt == 1 else f"{own_id}~{self.attempt}"
         self.began = now
         self.route, self.prefill_tokens = route, prefill_tokens
         self.num_resumed = len(self.output_token_ids)
@@ -153,6 +200,13 @@ class LiveRequest:
         self.waits_for(Wait.FIRST_TOKEN, now)
         request, outputs = replace(self.request, request_id=self.attempt_id), tuple(self.output_token_ids)
         return StartPrefill(self.route.prefill, request, ticket, self.route.decode, self.route.transport, outputs)
+
+    def take_over(self, rival: LiveRequest) -> None:
+        """A rival's attempt, as far as it has come, is this stream's from now on."""
+        self.attempt_id, self.began, self.route = rival.attempt_id, rival.began, rival.route
+        self.prefill_tokens, self.early = rival.prefill_tokens, dict(rival.early)
+        self.wait, self.wait_since, self.is_late = rival.wait, rival.wait_since, rival.is_late
+        self.timeline.split = rival.pair is not None
 
     def stop(self, now: float) -> None:
         """The attempt is over; the stream waits for a worker."""

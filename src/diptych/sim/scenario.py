@@ -113,7 +113,7 @@ def draw(seed: int) -> Scenario:
     names = [worker.worker_id for worker in workers]
     any_cut = any(worker.parallel.world_size > 1 for worker in workers)
     faults = tuple(_fault(rng, names, span) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6))))
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         workers=workers,
         requests=requests,
@@ -132,6 +132,19 @@ def draw(seed: int) -> Scenario:
         max_batch_tokens=rng.choice((8, 16, 64)),
         max_sequences=rng.choice((2, 4, 6)),
     )
+    return _insured(scenario, rng) if rng.random() < 0.3 else scenario
+
+
+def _insured(scenario: Scenario, rng: random.Random) -> Scenario:
+    """The same, with some of its streams copied to other workers while they run, or their prefill raced."""
+    requests = (
+        replace(
+            spec,
+            request=replace(spec.request, checkpoint_tokens=rng.choice((0, 1, 4, 8)), race=rng.choice((1, 1, 2, 3))),
+        )
+        for spec in scenario.requests
+    )
+    return replace(scenario, requests=tuple(requests))
 
 
 def _workers(rng: random.Random, crowded: bool) -> tuple[WorkerSpec, ...]:

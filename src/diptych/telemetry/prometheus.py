@@ -142,6 +142,10 @@ class RouterCollector(Collector):
         yield GaugeMetricFamily("diptych_router_waiting", "Requests in the queue", stats.waiting)
         yield GaugeMetricFamily("diptych_router_waiting_tokens", "Prompt tokens in the queue", stats.waiting_tokens)
         yield CounterMetricFamily("diptych_router_retried", "Attempts after the first", stats.retried)
+        yield CounterMetricFamily("diptych_router_checkpoints", "Copies of streams' KV", stats.checkpoints)
+        yield CounterMetricFamily(
+            "diptych_router_checkpoint_tokens", "Tokens whose KV was sent for copies", stats.checkpoint_tokens
+        )
         yield CounterMetricFamily("diptych_router_ignored", "Messages that came too late, or twice", stats.ignored)
 
 
