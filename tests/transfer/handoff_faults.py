@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 from fault_kinds import KINDS, TRANSPORTS, Kind
 from fault_rig import Rig, Unharmed
@@ -35,7 +36,7 @@ PAIRS = {
         replace(MODEL, data_parallel=2, tensor_parallel=2),
     ),
 }
-PIECE_BYTES = 512  # so that a layer takes several frames
+PIECE_BYTES = 512  # two units: a layer takes several frames, of two pieces each
 
 
 @dataclass(slots=True)
@@ -67,17 +68,13 @@ def run(count: int, seed: int, directory: Path) -> dict[str, Tally]:
 
 @contextlib.contextmanager
 def rig_of(layouts: tuple[KVLayout, KVLayout], transport: str, directory: Path, dice: random.Random) -> Iterator[Rig]:
-    whole = pieces.PIECE_BYTES
-    pieces.PIECE_BYTES = PIECE_BYTES
-    try:
-        with world(transport, directory, dice.getrandbits(16), *layouts) as made:
-            rig = Rig(made, dice)
-            try:
-                yield rig
-            finally:
-                rig.raw.hang_up()
-    finally:
-        pieces.PIECE_BYTES = whole
+    small = mock.patch.multiple(pieces, PIECE_BYTES=PIECE_BYTES, FRAME_BYTES=2 * PIECE_BYTES)
+    with small, world(transport, directory, dice.getrandbits(16), *layouts) as made:
+        rig = Rig(made, dice)
+        try:
+            yield rig
+        finally:
+            rig.raw.hang_up()
 
 
 def inject_one(rig: Rig, kind: Kind, tally: Tally) -> None:

@@ -151,6 +151,7 @@ def hand_over(case: Case, transport: str, directory: Path) -> None:
 def test_any_layout_becomes_any_other(transport: str, case: Case, piece_bytes: int, long_run: int) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
+        patch.setattr(pieces, "FRAME_BYTES", 3 * piece_bytes)
         for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
             patch.setattr(places, name, long_run)
         hand_over(case, transport, Path(directory))

@@ -100,7 +100,8 @@ def test_chunks_layers_in_any_order_and_duplicates_arrive(transport: str, tmp_pa
 def test_a_layer_may_take_several_frames(
     transport: str, pages_per_frame: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", pages_per_frame * LAYOUT.block_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", LAYOUT.block_bytes)
+    monkeypatch.setattr(pieces, "FRAME_BYTES", pages_per_frame * LAYOUT.block_bytes)
     for number, tables in enumerate((random_tables(6, 9), (list(range(3, 12)), tuple(range(9))))):
         directory = tmp_path / str(number)
         directory.mkdir()

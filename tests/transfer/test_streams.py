@@ -169,7 +169,8 @@ def test_the_connections_of_a_link_are_limited(transport: str, tmp_path: Path, m
 def test_a_link_of_any_number_of_connections(
     transport: str, num_streams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", LAYOUT.block_bytes)
+    for name in ("PIECE_BYTES", "FRAME_BYTES"):
+        monkeypatch.setattr(pieces, name, LAYOUT.block_bytes)
     with world(transport, tmp_path) as made:
         link = made.link(num_streams=num_streams)
         for name in ("r1", "r2", "r3"):

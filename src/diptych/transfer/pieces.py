@@ -1,9 +1,11 @@
 """In what portions a plan's bytes are moved.
 
-A piece is what one message announces: consecutive units (`policy.digest_units`) of one pair of ranks in one
+A frame is what one message announces: consecutive units (`policy.digest_units`) of one pair of ranks in one
 layer. It is large, since it costs both sides a few system calls, but not the whole layer, so that the target can
-verify one while the next is being written, several streams can share the work, and what has been copied is
-hashed while it is still in a cache.
+verify one while the next is being written, and several streams can share the work.
+
+It consists of pieces: what is copied in one go, and hashed while it is still in a cache, which takes about half
+the time of hashing it before or later.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import HeadPair, head_pairs
 from diptych.transfer.places import Copy, Places, Span, copies
 
+FRAME_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 
 
@@ -78,11 +81,21 @@ class PairPieces:
         self._units = units
         self._ranges = ranges
         self._parts = units.cut(units.groups, PIECE_BYTES)
+        self._per_frame = max(FRAME_BYTES // PIECE_BYTES, 1)
         self._pieces: list[Piece] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    @property
+    def num_frames(self) -> int:
+        return -(-len(self) // self._per_frame)
+
+    def frame(self, index: int) -> list[Piece]:
+        """The pieces of one frame."""
+        first = index * self._per_frame
+        return [self[number] for number in range(first, min(first + self._per_frame, len(self)))]
 
     def __getitem__(self, index: int) -> Piece:
         with self._lock:

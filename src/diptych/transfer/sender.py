@@ -53,8 +53,8 @@ class _Push:
 
 
 @dataclass(frozen=True, slots=True)
-class _PieceJob:
-    """One piece of one layer, out of these memories."""
+class _FrameJob:
+    """One frame of one layer, out of these memories."""
 
     transfer: LayerTransfer
     pair: int
@@ -127,8 +127,8 @@ class PushLink:
         push = self._open(request_id, claims)
         from_ranks = self._sources if sources is None else sources
         for pair, transfer, pieces in cut.of_layer(layer):
-            for index in range(len(pieces)):
-                job = _PieceJob(transfer, pair, pieces, index, from_ranks)
+            for index in range(pieces.num_frames):
+                job = _FrameJob(transfer, pair, pieces, index, from_ranks)
                 with self._lock:
                     push.num_frames += 1
                 self._queue(push, functools.partial(self._send_pages, job))
@@ -290,16 +290,16 @@ class PushLink:
             self._begin(push)
         return not push.over
 
-    def _send_pages(self, job: _PieceJob, push: _Push, stream: Stream) -> None:
+    def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
         if not self._may_go_on(push):
             return
-        claims, transfer, piece = push.claims, job.transfer, job.pieces[job.index]
-        digests, payload = stream.write(self._writer, transfer, piece, job.sources[transfer.source_rank])
+        claims, transfer, pieces = push.claims, job.transfer, job.pieces.frame(job.index)
+        digests, payload = stream.write(self._writer, transfer, pieces, job.sources[transfer.source_rank])
         nbytes = sum(map(len, payload))
         if self.lost:
             return
         about = claims.request_id, claims.nonce, claims.epoch
-        stream.send(frames.Pages(*about, transfer.layer, job.pair, piece.first_group, digests, nbytes), payload)
+        stream.send(frames.Pages(*about, transfer.layer, job.pair, pieces[0].first_group, digests, nbytes), payload)
         failpoint("push.layer_sent")
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:

@@ -17,9 +17,9 @@ from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
 from diptych.transfer.nixl import TRANSPORTS
 from diptych.transfer.nixl_link import nixl_writer
-from diptych.transfer.pieces import Piece
+from diptych.transfer.pieces import FRAME_BYTES, Piece
 from diptych.transfer.places import Places
-from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter, Payload
+from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter
 from diptych.wire.blocking import STALL_SECONDS, BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
@@ -101,20 +101,28 @@ class Stream:
             connection.close()
 
     def write(
-        self, writer: PageWriter, transfer: LayerTransfer, piece: Piece, source: PageSource
-    ) -> tuple[bytes, Payload]:
-        """Move one piece; returns the digests of its units, and the bytes for the frame itself."""
+        self, writer: PageWriter, transfer: LayerTransfer, pieces: Sequence[Piece], source: PageSource
+    ) -> tuple[bytes, list[memoryview]]:
+        """Move one frame's pieces; returns the digests of their units, and the bytes for the frame itself."""
         layer = source.layer(transfer.layer)
-        piece.source.check(len(layer))
-        staged = self._stage(piece.source, layer) if writer.needs_staging(piece) else None
-        payload = writer.write(transfer, piece, layer, staged)
-        return _digests(piece, layer, staged), payload  # after the copy, which has brought it into the cache
+        digests: list[bytes] = []
+        payload: list[memoryview] = []
+        used = 0  # of the scratch memory, by what is still to be sent
+        for piece in pieces:
+            piece.source.check(len(layer))
+            staged = self._stage(piece.source, layer, used) if writer.needs_staging(piece) else None
+            inline = writer.write(transfer, piece, layer, staged)
+            digests.append(_digests(piece, layer, staged))  # after the copy, which has brought it into the cache
+            payload += inline
+            if inline and staged is not None:
+                used += len(staged)
+        return b"".join(digests), payload
 
-    def _stage(self, places: Places, layer: memoryview) -> memoryview:
-        """Gather scattered bytes. Good until the next time."""
-        if len(self._scratch) < places.nbytes:
-            self._scratch = memoryview(bytearray(places.nbytes))
-        staged = self._scratch[: places.nbytes]
+    def _stage(self, places: Places, layer: memoryview, used: int) -> memoryview:
+        """Gather scattered bytes. Good until the next frame."""
+        if len(self._scratch) < used + places.nbytes:  # what is in the old one stays there until it is sent
+            self._scratch = memoryview(bytearray(max(FRAME_BYTES, used + places.nbytes)))
+        staged = self._scratch[used : used + places.nbytes]
         places.gather(layer, staged)
         return staged
 
