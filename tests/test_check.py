@@ -57,7 +57,8 @@ def test_incompatible_layouts_say_why() -> None:
 def test_files_of_layouts_and_manifests(tmp_path: Path) -> None:
     manifest, other, toml = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.toml"
     manifest.write_bytes(msgspec.json.encode(Manifest(model=MODEL, layout=LAYOUT, num_blocks=9)))
-    other.write_bytes(msgspec.json.encode(Manifest(model=replace(MODEL, digest="x"), layout=LAYOUT, num_blocks=9)))
+    another = replace(MODEL, digest="x", max_model_len=77)
+    other.write_bytes(msgspec.json.encode(Manifest(model=another, layout=LAYOUT, num_blocks=9)))
     toml.write_text("num_layers = 64\nlatent_dim = 576\ndtype = 'bfloat16'\nblock_size = 64\ntensor_parallel = 2\n")
     assert read_side(str(manifest)).layout == LAYOUT
     assert read_side(str(toml)).layout == KVLayout(
@@ -65,7 +66,7 @@ def test_files_of_layouts_and_manifests(tmp_path: Path) -> None:
     )
     assert check(str(manifest), SHORT)[0] == 0
     code, said = check(str(manifest), str(other))
-    assert (code, "the models differ: abc and x" in said) == (1, True)
+    assert (code, "the models differ: abc and x\n  the contexts differ: " in said) == (1, True)
 
 
 def test_a_model_directory_gives_what_is_left_open(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ print(",".join(foreign))
 
 def pure_modules() -> list[str]:
     names = ["diptych", "diptych.engine.scripted"]
-    for package in ("diptych.core", "diptych.policy"):
+    for package in ("diptych.core", "diptych.policy", "diptych.sim"):
         names.append(package)
         names += [module.name for module in pkgutil.iter_modules(import_module(package).__path__, package + ".")]
     return names

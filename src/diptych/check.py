@@ -17,8 +17,9 @@ import msgspec
 
 from diptych.core.blocks import blocks_for
 from diptych.core.errors import ConfigError
-from diptych.core.fleet import Manifest
+from diptych.core.fleet import Manifest, ModelInfo
 from diptych.core.kv_layout import KVLayout, SequenceKV, TransferPlan
+from diptych.policy.compatibility import model_differences
 from diptych.policy.digest_units import digest_units
 from diptych.policy.resharding import incompatibilities, plan_resharding
 
@@ -42,7 +43,7 @@ class Side:
     """One of the two workers."""
 
     layout: KVLayout
-    model_digest: str | None = None  # where a manifest gives it
+    model: ModelInfo | None = None  # where a manifest gives it
 
 
 def read_side(text: str, model: Path | None = None) -> Side:
@@ -56,11 +57,10 @@ def read_side(text: str, model: Path | None = None) -> Side:
 
 
 def mismatches(source: Side, target: Side) -> list[str]:
-    """Why these two cannot hand over to each other. Empty: they can."""
+    """Why a router would not have these two in one fleet. Empty: they can hand over to each other."""
     reasons = incompatibilities(source.layout, target.layout)
-    digests = (source.model_digest, target.model_digest)
-    if None not in digests and digests[0] != digests[1]:
-        reasons.append(f"the models differ: {digests[0]} and {digests[1]}")
+    if source.model is not None and target.model is not None:
+        reasons += model_differences(source.model, target.model)
     return reasons
 
 
@@ -95,7 +95,7 @@ def _from_file(path: Path) -> Side:
         raise ValueError("neither a manifest nor a layout")
     if "layout" in content:
         manifest = msgspec.convert(content, Manifest)
-        return Side(manifest.layout, manifest.model.digest)
+        return Side(manifest.layout, manifest.model)
     if unknown := sorted(content.keys() - {field.name for field in fields(KVLayout)}):
         raise ValueError(f"a layout has no {unknown[0]!r}")
     return Side(msgspec.convert(content, KVLayout))

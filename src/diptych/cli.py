@@ -15,7 +15,8 @@ from typer import Argument, Option
 from diptych import __version__
 from diptych.core.errors import ConfigError, DiptychError
 from diptych.core.fleet import Role
-from diptych.core.settings import BatchSettings, CacheSettings
+from diptych.core.settings import BatchSettings, CacheSettings, CutSettings
+from diptych.cut_flags import takes_cuts
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -56,15 +57,22 @@ KVCacheTokens = Annotated[int | None, Option(min=1, help="KV cache of each worke
 BlockSize = Annotated[int, Option(min=1, help="Tokens per KV block.")]
 EvictionOrder = Annotated[Literal["lru", "fifo"], Option(help="Which cached block goes first.")]
 PrefixCaching = Annotated[bool, Option(help="Reuse the KV of shared prefixes.")]
-MaxBatchTokens = Annotated[int, Option(min=2, help="Tokens per step; longer prompts go in chunks.")]
-MaxSequences = Annotated[int, Option(min=1, help="Sequences per step and worker.")]
+MaxBatchTokens = Annotated[
+    int, Option(min=2, help="Tokens per step (and data-parallel rank); longer prompts go in chunks.")
+]
+MaxSequences = Annotated[int, Option(min=1, help="Sequences per step (and data-parallel rank).")]
 EngineKind = Annotated[Literal["torch", "scripted"], Option(help="scripted: no model, made-up tokens.")]
+Transport = Annotated[
+    Literal["auto", "shm", "tcp", "nixl", "fastest"],
+    Option(help="How KV pages travel. fastest: by nixl or tcp, as each link finds out."),
+]
 Tls = Annotated[bool, Option("--tls", help="Encrypt channels between hosts.")]
 Advertise = Annotated[str | None, Option(help="This machine's address, as the others' workers reach it.")]
 Config = Annotated[Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")]
 
 
 @app.command()
+@takes_cuts(*Role)
 def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     model: Model = None,
     prefill: Annotated[int | None, Option(min=0, help="Workers that read prompts. Default 1; 0 with --mixed.")] = None,
@@ -74,7 +82,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    transport: Annotated[Literal["auto", "shm", "tcp"], Option(help="How KV pages travel.")] = "auto",
+    transport: Transport = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_tokens: KVCacheTokens = None,
     block_size: BlockSize = 16,
@@ -83,18 +91,31 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     max_batch_tokens: MaxBatchTokens = 512,
     max_sequences: MaxSequences = 64,
     max_requests: Annotated[int, Option(min=1, help="Streams served or queued at once; beyond that 429.")] = 1024,
+    max_queue_seconds: Annotated[
+        float, Option(min=0.001, help="Requests that would wait longer for their turn get 429.")
+    ] = 60.0,
+    max_connections: Annotated[int, Option(min=1, help="Connections of clients at once; beyond that 503.")] = 8192,
+    checkpoint_tokens: Annotated[
+        int, Option(min=0, help="Copy each stream's KV to another worker every so many tokens; 0: never.")
+    ] = 0,
+    race_prefill: Annotated[int, Option(min=1, max=4, help="Workers that prefill each prompt; the first wins.")] = 1,
     served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
     api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
+    tenants: Annotated[Path | None, Option(help="TOML file of tenants: keys, weights and limits.")] = None,
     engine: EngineKind = "torch",
     listen: Annotated[str | None, Option(help="HOST:PORT where workers of other machines may join.")] = None,
     key_file: Annotated[Path | None, Option(help="Secret that they share with this server; made if missing.")] = None,
     tls: Tls = False,
     advertise: Advertise = None,
+    grace_seconds: Annotated[float, Option(min=0, help="For running requests, after SIGTERM.")] = 30.0,
     journal: Annotated[Path | None, Option(help="Directory for a record of every decision (JSONL).")] = None,
     config: Config = None,
+    *,
+    cuts: dict[str, CutSettings],
 ) -> None:
     """Serve a model through a prefill and a decode pool, with an OpenAI-compatible API."""
     from diptych import serve as composition
+    from diptych.front.tenants import Tenants, read_tenants
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if listen is not None and key_file is None:
@@ -105,6 +126,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
             prefill=split if prefill is None else prefill,
             decode=split if decode is None else decode,
             mixed=mixed,
+            cuts={Role(role): cut for role, cut in cuts.items()},
             transport=transport,
         ),
         engine=composition.engine_settings(
@@ -118,16 +140,23 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
             api_keys=tuple(api_key or ()),
             served_model_names=tuple(served_model_name or ()),
             max_requests=max_requests,
+            max_queue_seconds=max_queue_seconds,
+            max_connections=max_connections,
+            checkpoint_tokens=checkpoint_tokens,
+            race_prefill=race_prefill,
+            tenants=Tenants() if tenants is None else read_tenants(tenants),
         ),
         join=None
         if listen is None or key_file is None
         else composition.JoinPoint(address=listen, key_file=key_file, tls=tls, advertise=advertise),
+        grace_seconds=grace_seconds,
         journal=journal,
     )
     composition.run(settings)
 
 
 @app.command()
+@takes_cuts("")
 def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
     role: Annotated[Role, Option(help="What it is for.")],
     join: Annotated[str, Option(help="HOST:PORT of the server's --listen.")],
@@ -150,6 +179,8 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
     engine: EngineKind = "torch",
     journal: Annotated[Path | None, Option(help="File for a record of every decision (JSONL).")] = None,
     config: Config = None,
+    *,
+    cuts: dict[str, CutSettings],
 ) -> None:
     """Add one worker to a server that runs on another machine (diptych serve --listen)."""
     from diptych import join as composition
@@ -164,8 +195,10 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
         tls=tls,
         worker_id=id,
         advertise=advertise,
-        engine=engine_settings(
-            model, kind=engine, device=device, dtype=dtype, block_size=block_size, max_model_len=max_model_len
+        engine=cuts[""].of(
+            engine_settings(
+                model, kind=engine, device=device, dtype=dtype, block_size=block_size, max_model_len=max_model_len
+            )
         ),
         cache=CacheSettings(kv_tokens=kv_cache_tokens, eviction=eviction, prefix_caching=prefix_caching),
         batch=BatchSettings(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),

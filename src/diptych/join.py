@@ -8,10 +8,12 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diptych.chaos import failpoints
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, is_worker_id
 from diptych.core.settings import BatchSettings, CacheSettings, CpuSettings, EngineSettings, WorkerSettings
-from diptych.fleet.local import thread_environment
+from diptych.engine.threads import thread_environment
+from diptych.fleet.placement import place
 from diptych.wire.address import TcpAddress, advertised, parse_host_port
 from diptych.wire.key_file import read_key
 from diptych.worker.joining import Patience, run_joined
@@ -42,8 +44,10 @@ class JoinSettings:
 def run(settings: JoinSettings) -> None:
     """Serve until told to leave. Raises DiptychError with the reason for any other end."""
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    os.environ.update(thread_environment(len(cores)))
-    worker = worker_settings(settings, CpuSettings(cores=cores, threads=len(cores)))
+    [cpu] = place([settings.engine.parallel.world_size], cores)
+    os.environ.update(thread_environment(cpu.threads))
+    worker = worker_settings(settings, cpu)
+    failpoints.arm(worker.worker_id, 1)
     asyncio.run(run_joined(worker, lambda progress: load_engine(worker, progress), settings.patience))
 
 

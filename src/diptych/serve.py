@@ -7,30 +7,34 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diptych.chaos import failpoints
+from diptych.chaos.failpoints import failpoint
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Role, WorkerId
-from diptych.core.settings import BatchSettings, CacheSettings, EngineSettings, WorkerSettings
+from diptych.core.settings import BatchSettings, CacheSettings, CutSettings, EngineSettings, WorkerSettings
 from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
 from diptych.fleet.placement import place
 from diptych.front.app import create_app
-from diptych.front.server import bind
+from diptych.front.http_protocol import ConnectionLimits
+from diptych.front.server import bind, connection_limits
 from diptych.front.server import serve as http_serve
 from diptych.front.settings import FrontSettings
+from diptych.front.tenants import TenantKeys, Tenants
 from diptych.front.tokenizer import ByteTokenizer, Tokenizer
 from diptych.policy.admission import AdmissionLimits
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.router.dispatch import FleetCallbacks, Router
+from diptych.signals import OperatorSignals
 from diptych.startup import Screen
 from diptych.telemetry.journal import open_journal
 from diptych.wire import messages
@@ -40,7 +44,7 @@ from diptych.wire.key_file import read_or_create_key
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = {"auto": ("shm", "tcp"), "shm": ("shm",), "tcp": ("tcp",)}
+TRANSPORTS = {"auto": ("shm", "tcp"), **{name: (name,) for name in ("shm", "tcp", "nixl", "fastest")}}
 KEY_BYTES = 32
 MIN_BODY_VALUES = 1 << 17  # and twice the context, for prompts of token ids
 
@@ -55,11 +59,12 @@ PLAIN_EXAMPLE = "Why is the sky blue?"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """How many workers of each role, and how pages travel between them."""
+    """How many workers of each role, how they are cut, and how pages travel between them."""
 
     prefill: int = 1
     decode: int = 1
     mixed: int = 0
+    cuts: Mapping[Role, CutSettings] = field(default_factory=dict)
     transport: str = "auto"
 
     def __post_init__(self) -> None:
@@ -71,6 +76,9 @@ class PoolSettings:
         counts = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
         return {f"{role}-{index}": role for role, count in counts for index in range(count)}
 
+    def cut(self, role: Role) -> CutSettings:
+        return self.cuts.get(role, CutSettings())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpSettings:
@@ -81,6 +89,25 @@ class HttpSettings:
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
     max_requests: int = 1024
+    max_queue_seconds: float = 60.0
+    max_connections: int = 8192
+    checkpoint_tokens: int = 0
+    race_prefill: int = 1
+    tenants: Tenants = field(default_factory=Tenants)
+
+    @property
+    def keys(self) -> TenantKeys:
+        """Those of the flags, and those of the tenants."""
+        return TenantKeys(TenantKeys.of(self.api_keys).owners + self.tenants.keys.owners)
+
+    @property
+    def admission(self) -> AdmissionLimits:
+        return AdmissionLimits(
+            max_requests=self.max_requests,
+            max_queue_seconds=self.max_queue_seconds,
+            anybody=self.tenants.anybody,
+            tenants=self.tenants.limits,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +150,7 @@ class ServeSettings:
     batch: BatchSettings = field(default_factory=BatchSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     join: JoinPoint | None = None
+    grace_seconds: float = 30.0  # for running requests, once it is told to end
     journal: Path | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +158,8 @@ class ServeSettings:
             raise ConfigError("no workers: give --prefill and --decode, or --mixed, or --listen for others to join")
         if self.join is not None and "tcp" not in self.transports:
             raise ConfigError(f"--transport {self.pools.transport} does not reach workers that --listen lets in")
+        if self.http.checkpoint_tokens and not self.cache.prefix_caching:
+            raise ConfigError("--checkpoint-tokens needs the prefix cache: it is where copies come from and go to")
 
     @property
     def transports(self) -> tuple[str, ...]:
@@ -155,9 +185,12 @@ def served_name(model: str) -> str:
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ConfigError if it cannot start."""
+    """Serve until SIGINT (at once) or SIGTERM (no new requests, and `grace_seconds` for those that run; a second
+    signal ends it at once). SIGHUP restarts every worker, one after another, except in a terminal, where it says that
+    the terminal is gone. Raises ConfigError if it cannot start."""
     import uvloop
 
+    failpoints.arm("router", 1)
     uvloop.run(_serve(settings))
 
 
@@ -166,43 +199,52 @@ class _Fleet:
     """Router and workers while they run. `started` ends when all workers have registered once."""
 
     router: Router
+    workers: LocalFleet
     screen: Screen
     started: asyncio.Task[Any]
     failed: asyncio.Future[Any]
 
 
 async def _serve(settings: ServeSettings) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, stop.set)
-    stopping = asyncio.create_task(stop.wait())
+    signals = OperatorSignals()
+    draining, stopping = asyncio.create_task(signals.drain.wait()), asyncio.create_task(signals.stop.wait())
+    connections = connection_limits(settings.http.max_connections)
     sock = bind(settings.http.host, settings.http.port)  # before the workers load: a port in use is known at once
     async with _fleet(settings) as fleet:
-        await asyncio.wait({fleet.started, fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({fleet.started, fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
         if fleet.failed.done():
             raise fleet.failed.result()
-        if not stop.is_set():
-            async with _front(settings, fleet, sock):
-                await asyncio.wait({fleet.failed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not signals.drain.is_set():
+            signals.on_hangup(fleet.workers.restart_each)
+            async with _front(settings, fleet, sock, connections):
+                await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
+                failpoint("router.draining")
+                drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
+                await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                drained.cancel()
         fleet.screen.stopping()
+    draining.cancel()
     stopping.cancel()
 
 
 @contextlib.asynccontextmanager
-async def _front(settings: ServeSettings, fleet: _Fleet, sock: socket.socket) -> AsyncIterator[None]:
+async def _front(
+    settings: ServeSettings, fleet: _Fleet, sock: socket.socket, connections: ConnectionLimits
+) -> AsyncIterator[None]:
     """The HTTP server, announced on the screen."""
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
     names = settings.http.served_model_names or (settings.engine.served_name,)
     front = FrontSettings(
         served_model_names=names,
-        api_keys=settings.http.api_keys,
+        keys=settings.http.keys,
         max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
+        checkpoint_tokens=settings.http.checkpoint_tokens,
+        race=settings.http.race_prefill,
     )
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
-    async with http_serve(app, sock) as server:
+    async with http_serve(app, sock, limits=connections) as server:
         fleet.screen.ready(server.url, names[0], fleet.router, example)
         yield
 
@@ -229,7 +271,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
 
         policy = RouterPolicy(
             Routing(transports=settings.transports),
-            AdmissionLimits(max_requests=settings.http.max_requests),
+            settings.http.admission,
         )
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)
@@ -244,7 +286,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
             waiting = asyncio.create_task(started.wait())
             tasks.append(waiting)
             with screen:
-                yield _Fleet(router, screen, waiting, workers.failed)
+                yield _Fleet(router, workers, screen, waiting, workers.failed)
         finally:
             router.shutdown()
             await workers.stop()
@@ -266,7 +308,8 @@ async def _listen_for_others(join: JoinPoint, key: bytes, router: Router) -> Lis
 def _worker_settings(
     settings: ServeSettings, roles: dict[WorkerId, Role], router: str, key: bytes, run_dir: str
 ) -> list[WorkerSettings]:
-    cpus = place(len(roles), sorted(os.sched_getaffinity(0)))
+    cuts = [settings.pools.cut(role) for role in roles.values()]
+    cpus = place([cut.parallel.world_size for cut in cuts], sorted(os.sched_getaffinity(0)))
     return [
         WorkerSettings(
             worker_id=worker_id,
@@ -278,13 +321,14 @@ def _worker_settings(
             transports=settings.transports,
             data_host=settings.join.data_host if settings.join else "127.0.0.1",
             tls=settings.join is not None and settings.join.tls,
-            engine=settings.engine,
+            engine=cut.of(settings.engine),
             cache=settings.cache,
             batch=settings.batch,
             cpu=cpu,
+            grace=settings.grace_seconds,
             journal=_journal_path(settings, worker_id),
         )
-        for (worker_id, role), cpu in zip(roles.items(), cpus, strict=True)
+        for (worker_id, role), cut, cpu in zip(roles.items(), cuts, cpus, strict=True)
     ]
 
 

@@ -76,7 +76,7 @@ class Screen:
 def _pool(pool: list[WorkerView], longest: int) -> str:
     """One line about the workers of one role, with their KV budget in tokens and in longest requests."""
     tokens = pool[0].num_blocks * pool[0].block_size
-    names = ", ".join(worker.worker_id for worker in pool)
+    names = ", ".join(f"{worker.worker_id} {worker.cut}".rstrip() for worker in pool)
     megabytes = tokens * pool[0].token_bytes / 2**20
     return (
         f"{names}: KV cache of {tokens:,} tokens each ({megabytes:,.0f} MiB), "

@@ -82,13 +82,17 @@ def test_requests_leave_when_due_while_earlier_ones_run():
     [
         (FakeServer(refuse=429), "HTTP 429 queue_full"),
         (FakeServer(fail_after=2), "stream: worker_lost"),
-        (FakeServer(end_event=b": the end\n\n"), "stream: malformed event"),
+        (FakeServer(end_event=b"the end\n\n"), "stream: malformed event"),
         (FakeServer(end_event=b""), "stream: truncated"),
         (FakeServer(withhold=2), "tokens: 2 missing"),
     ],
 )
 def test_every_way_to_fail_has_a_name(fake, failure):
     assert [outcome.failure for outcome in offer(fake)] == [failure] * 3
+
+
+def test_a_sign_of_life_is_no_event():
+    assert read_stream([(1.0, b": keep-alive\n\n")]).error is None
 
 
 def test_nobody_listens():

@@ -248,6 +248,7 @@ def test_logprobs_are_the_models_own() -> None:
     assert bare.top_logprobs == ()
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_poisoned_rows_are_named(poison: float) -> None:
     logits = random_logits(3)

@@ -1,4 +1,4 @@
-"""Drives a TorchEngine step by step, with block tables scattered over a poisoned KV cache."""
+"""Drives an engine step by step, with block tables scattered over a poisoned KV cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from checkpoints import make_checkpoint
 from diptych.core.blocks import blocks_for
 from diptych.core.kv_layout import PrivateMemory
+from diptych.core.ports import Engine
 from diptych.core.request import Request, SampledToken, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.engine.torch_engine.runner import TorchEngine
@@ -75,18 +76,25 @@ def full_of_nan(nbytes: int) -> PrivateMemory:
     return memory
 
 
-class Harness:
-    """One engine over `NUM_BLOCKS` blocks that are full of NaN until written, handed out in random order."""
+class EngineHarness:
+    """An engine over `NUM_BLOCKS` blocks for each data-parallel rank, handed out in random order. Sequences are
+    dealt out to data-parallel ranks in turn."""
 
-    def __init__(self, model: str | Path, **load: Any) -> None:
-        self.engine = TorchEngine.load(_path(model), **load)
-        [self.memory] = self.engine.allocate_kv(NUM_BLOCKS, full_of_nan)
-        self._free = list(range(NUM_BLOCKS))
-        random.Random(7).shuffle(self._free)
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._free = [list(range(NUM_BLOCKS)) for _ in range(engine.layout.data_parallel)]
+        self._num_sequences = 0
+        for rank, blocks in enumerate(self._free):
+            random.Random(7 + rank).shuffle(blocks)
 
     def sequence(self, prompt: list[int], sampling: SamplingParams = GREEDY, request_id: str = "") -> Sequence:
-        request_id = request_id or f"{len(prompt)}-{len(self._free)}"
-        return Sequence.from_log(Request(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=sampling))
+        data_rank = self._num_sequences % len(self._free)
+        self._num_sequences += 1
+        request_id = request_id or f"{len(prompt)}-{self._num_sequences}"
+        request = Request(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=sampling)
+        sequence = Sequence.from_log(request)
+        sequence.data_rank = data_rank
+        return sequence
 
     def step(self, *shares: tuple[Sequence, int], on_layer: Any = None) -> list[SampledToken | None]:
         """Compute up to that many tokens of each sequence, and append what they sample."""
@@ -108,17 +116,30 @@ class Harness:
         while running := [each for each in sequences if each.num_output_tokens < num_tokens]:
             self.step(*((sequence, chunk) for sequence in running))
         for sequence in sequences:
-            self._free += sequence.block_table
+            self.give_back(sequence)
         return [sequence.output_token_ids for sequence in sequences]
 
     def preempt(self, sequence: Sequence) -> None:
         """Take all its blocks away, as a scheduler does: it has to be computed again."""
-        self._free += sequence.block_table
+        self.give_back(sequence)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Its blocks are free for others."""
+        self._free[sequence.data_rank] += sequence.block_table
 
     def make_room(self, sequence: Sequence, num_tokens: int) -> None:
         """Have its block table hold that many tokens."""
         needed = blocks_for(num_tokens, self.engine.layout.block_size)
         while len(sequence.block_table) < needed:
-            sequence.block_table.append(self._free.pop(0))
+            sequence.block_table.append(self._free[sequence.data_rank].pop(0))
+
+
+class Harness(EngineHarness):
+    """A TorchEngine; its blocks are full of NaN until written."""
+
+    def __init__(self, model: str | Path, **load: Any) -> None:
+        engine = TorchEngine.load(_path(model), **load)
+        super().__init__(engine)
+        [self.memory] = engine.allocate_kv(NUM_BLOCKS, full_of_nan)

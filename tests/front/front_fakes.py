@@ -15,13 +15,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from diptych.core.errors import DiptychError
-from diptych.core.fleet import ModelInfo, Role, Route, WorkerState, WorkerStats, WorkerView
+from diptych.core.fleet import ModelInfo, Role, Route, RouterStats, WorkerState, WorkerStats, WorkerView
 from diptych.core.request import FinishReason, Request, SampledToken, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.front.app import create_app
 from diptych.front.chat_template import ChatTemplate
+from diptych.front.http_protocol import ConnectionLimits
 from diptych.front.server import bind, serve
 from diptych.front.settings import FrontSettings
+from diptych.front.tenants import TenantKeys
 from diptych.front.tokenizer import TextCodec, Tokenizer
 
 MODEL = ModelInfo(name="tiny", digest="0", vocab_size=512, max_model_len=256, eos_token_ids=(0,))
@@ -91,11 +93,18 @@ class FakeDispatcher:
     gates: dict[int, asyncio.Event] = field(default_factory=dict)
     failures: dict[int, DiptychError] = field(default_factory=dict)
     refusal: DiptychError | None = None
+    closed: DiptychError | None = None  # what `check` raises
+    checked: list[str] = field(default_factory=list)
     accept: int | None = None  # how many requests before `refusal`
     num_cached_tokens: int = 0
     is_ready: bool = True
     streams: list[FakeStream] = field(default_factory=list)
     submitted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def check(self, tenant: str) -> None:
+        self.checked.append(tenant)
+        if self.closed is not None:
+            raise self.closed
 
     def submit(self, request: Request) -> FakeStream:
         if self.refusal is not None and len(self.streams) >= (self.accept or 0):
@@ -112,6 +121,9 @@ class FakeDispatcher:
             _worker("decode-0", Role.DECODE, WorkerState.LOST, stats),
         ]
 
+    def stats(self) -> RouterStats:
+        return RouterStats(running=1, waiting=2, waiting_tokens=30, retried=4, ignored=5)
+
     def alive(self) -> bool:
         return True
 
@@ -120,7 +132,9 @@ class FakeDispatcher:
 
 
 def _worker(worker_id: str, role: Role, state: WorkerState, stats: WorkerStats) -> WorkerView:
-    return WorkerView(worker_id=worker_id, role=role, state=state, epoch=7, pid=11, num_blocks=9, stats=stats)
+    return WorkerView(
+        worker_id=worker_id, role=role, state=state, epoch=7, pid=11, cut="tp4 ep4", num_blocks=9, stats=stats
+    )
 
 
 SAMPLE = [
@@ -177,17 +191,29 @@ def says(text: str) -> Script:
 
 def front_app(dispatcher: FakeDispatcher, codec: TextCodec | None = None, **settings: Any) -> Any:
     names = settings.pop("served_model_names", ("tiny",))
-    front = FrontSettings(served_model_names=names, **settings)
+    keys = TenantKeys.of(settings.pop("api_keys", ()))
+    front = FrontSettings(**{"served_model_names": names, "keys": keys} | settings)
     return create_app(dispatcher, codec or byte_level_tokenizer(), front)
 
 
 @asynccontextmanager
 async def running_front(
-    dispatcher: FakeDispatcher, codec: TextCodec | None = None, **settings: Any
+    dispatcher: FakeDispatcher,
+    codec: TextCodec | None = None,
+    connections: ConnectionLimits | None = None,
+    **settings: Any,
 ) -> AsyncIterator[str]:
     """The URL of a real server on a port of its own."""
-    async with serve(front_app(dispatcher, codec, **settings), bind("127.0.0.1", 0), grace_seconds=1) as server:
+    app = front_app(dispatcher, codec, **settings)
+    async with serve(app, bind("127.0.0.1", 0), grace_seconds=1, limits=connections) as server:
         yield server.url
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Let the loop go on until it has happened, for which there is no event."""
+    async with asyncio.timeout(20):
+        while not happened():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 def ask(

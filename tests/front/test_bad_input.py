@@ -113,6 +113,7 @@ ROWS: list[tuple[int, tuple[str, Any], str | None]] = [
 ]
 
 
+@pytest.mark.fault(1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
 @pytest.mark.parametrize(("row", "sent", "param"), ROWS, ids=[f"row{row}-{i}" for i, (row, _, _) in enumerate(ROWS)])
 def test_refused(row: int, sent: tuple[str, Any], param: str | None) -> None:
     dispatcher = FakeDispatcher()
@@ -135,6 +136,7 @@ def test_refused(row: int, sent: tuple[str, Any], param: str | None) -> None:
         assert "characters" in error["message"]  # refused before a tokenizer saw it
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize(
     ("body", "max_tokens"),
     [
@@ -184,6 +186,7 @@ def test_sampling_fields_arrive_where_they_belong() -> None:
     assert sampling.logprobs == 4
 
 
+@pytest.mark.fault(16, 65)
 @pytest.mark.parametrize("model", ["other", "Tiny", "../../etc/passwd", "", "x" * 10_000, "a\nb"])
 def test_unknown_model(model: str) -> None:
     for path, body in (completion(model=model), chat(model=model), ("/tokenize", {"model": model, "prompt": "a"})):
@@ -195,6 +198,7 @@ def test_unknown_model(model: str) -> None:
         assert len(error["message"]) < 200
 
 
+@pytest.mark.fault(17, 27, 65)
 def test_unknown_fields_are_ignored_and_named() -> None:
     response = ask(FakeDispatcher(), *completion(guided_json={}, kv_transfer_params={"host": "x"}, **{"a\r\nb": 1}))
     assert response.status_code == 200
@@ -202,6 +206,7 @@ def test_unknown_fields_are_ignored_and_named() -> None:
     assert "guided_json is ignored" in response.json()["warnings"]
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -224,6 +229,7 @@ def test_wrong_method_or_path(method: str, path: str, status: int, code: str) ->
         assert response.headers["allow"]
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("content_type", ["text/plain", "", "application/x-www-form-urlencoded", "application/jsonx"])
 def test_wrong_content_type(content_type: str) -> None:
     response = ask(FakeDispatcher(), *completion(), headers={"content-type": content_type})
@@ -235,6 +241,7 @@ def test_content_type_with_parameters() -> None:
     assert ask(FakeDispatcher(), *completion(), headers=headers).status_code == 200
 
 
+@pytest.mark.fault(2)
 def test_body_over_the_limit() -> None:
     response = ask(FakeDispatcher(), *completion(prompt="a" * 2000), max_body_bytes=1000)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
@@ -248,6 +255,33 @@ def test_preference_header() -> None:
         assert dispatcher.streams[-1].request.prefer == value
     refused = ask(dispatcher, *completion(), headers={"x-diptych-prefer": "both"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-diptych-prefer")
+
+
+def test_checkpoint_header() -> None:
+    dispatcher = FakeDispatcher()
+    for value in ("0", "16", "4096"):
+        assert ask(dispatcher, *completion(), headers={"x-diptych-checkpoint": value}).status_code == 200
+        assert dispatcher.streams[-1].request.checkpoint_tokens == int(value)
+    for value in ("1", "-16", "16.0", "\u0664\u0662", "9" * 11):
+        refused = ask(dispatcher, *completion(), headers={"x-diptych-checkpoint": value.encode()})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-diptych-checkpoint")
+
+
+def test_race_header() -> None:
+    dispatcher = FakeDispatcher()
+    for headers, race in (({"x-diptych-race": "3"}, 3), ({"x-diptych-race": "1"}, 1), ({}, 2)):
+        assert ask(dispatcher, *completion(), headers=headers, race=2).status_code == 200
+        assert dispatcher.streams[-1].request.race == race
+    for value in ("0", "5", "two"):
+        refused = ask(dispatcher, *completion(), headers={"x-diptych-race": value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-diptych-race")
+
+
+def test_what_the_deployment_says_about_checkpoints_holds_unless_a_request_says_otherwise() -> None:
+    dispatcher = FakeDispatcher()
+    for headers, tokens in (({}, 64), ({"x-diptych-checkpoint": "0"}, 0)):
+        assert ask(dispatcher, *completion(), headers=headers, checkpoint_tokens=64).status_code == 200
+        assert dispatcher.streams[-1].request.checkpoint_tokens == tokens
 
 
 @pytest.mark.parametrize(
@@ -264,8 +298,27 @@ def test_tokenize_refuses(body: dict[str, Any], param: str) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("tokens", [[512], [-1], [2**63]])
 def test_detokenize_refuses(tokens: list[int]) -> None:
     response = ask(FakeDispatcher(), "/detokenize", {"tokens": tokens})
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("tokens")
+
+
+SCHEMAS: list[Any] = [
+    {"$ref": "#"},
+    {"type": "string", "pattern": "(a+)+$"},
+    {"enum": ["x" * 100] * 10_000},
+    {"allOf": [{"allOf": [{}]}]},
+]
+
+
+@pytest.mark.fault(14, 15)
+@pytest.mark.parametrize("schema", SCHEMAS, ids=["recursive", "exponential", "huge", "nested"])
+def test_structured_output_is_not_offered_whatever_the_schema(schema: Any) -> None:
+    dispatcher = FakeDispatcher()
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    response = ask(dispatcher, *chat(response_format=wanted))
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_parameter")
+    assert dispatcher.streams == []

@@ -115,3 +115,43 @@ def test_bytes_stand_for_themselves() -> None:
     codec = ByteTokenizer()
     assert codec.decode([*codec.encode("naïve"), 300]) == "naïve<300>"
     assert codec.render_chat(MESSAGES[1:2]).endswith("assistant: ")
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(9999) %}{% for b in messages * 99999 %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(64) }}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ 9 ** 999999999 }}",
+        "{{ [1] * 999999999 }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ 'a'.ljust(999999999) }}",
+        "{{ 'a' | center(999999999) }}",
+        "{% set ns = namespace(s='aaaaaaaaaaaaaaaa') %}"
+        "{% for i in range(60) %}{% set ns.s = ns.s * 2 %}{% endfor %}{{ ns.s }}",
+        "{% for a in range(999) %}{{ 'a' * 9999999 }}{% endfor %}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 1 // 0 }}",
+    ],
+)
+def test_work_without_end_ends(source: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        ChatTemplate(source).render([{"role": "user", "content": "hi"}])
+    assert refusal.value.param == "messages"
+
+
+def test_an_endless_source_is_not_compiled() -> None:
+    for source in ("x" * (1 << 21), "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"):
+        with pytest.raises(CheckpointError, match="chat template"):
+            ChatTemplate(source)
+
+
+def test_long_conversations_are_no_flood() -> None:
+    messages = [{"role": "user", "content": "words " * 100}] * 2000
+    text = ChatTemplate("{% for m in messages %}{{ m.content | indent(2) }}{{ 3 * 4 }}{% endfor %}").render(messages)
+    assert len(text) > 1_000_000

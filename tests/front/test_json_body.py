@@ -26,12 +26,14 @@ def test_json_is_read_as_it_was_written(value: dict[str, object]) -> None:
     assert parse_object(json.dumps(value).encode()) == value
 
 
+@pytest.mark.fault(1, 3)
 @given(st.binary(max_size=60))
 def test_nothing_but_a_request_error_comes_out(body: bytes) -> None:
     with suppress(RequestError):
         parse_object(body)
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize(
     ("body", "where"),
     [
@@ -47,6 +49,7 @@ def test_the_place_is_named(body: bytes, where: str) -> None:
         parse_object(body)
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize(
     "body",
     [
@@ -75,6 +78,7 @@ def test_duplicate_is_named() -> None:
     assert caught.value.param == "seed"
 
 
+@pytest.mark.fault(65)
 @given(st.text(st.characters(), max_size=100))
 def test_printable_is_one_line_of_ascii(name: str) -> None:
     shown = printable(name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import pytest
 from front_fakes import FakeDispatcher, front_app
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.core.errors import OverloadedError, ServingError
-from diptych.core.fleet import Role, WorkerState, WorkerView
+from diptych.core.fleet import Role, RouterStats, WorkerState, WorkerView
 from diptych.telemetry.prometheus import MAX_WORKERS, ServerMetrics
 
 
@@ -37,6 +38,11 @@ def test_requests_are_counted_by_their_end() -> None:
     outcomes = {dict(labels)["outcome"]: n for (name, labels), n in found.items() if name == "diptych_requests_total"}
     assert outcomes == {"completed": 2, "cancelled": 0, "failed": 1, "refused": 1, "overloaded": 1}
     assert found["diptych_requests_in_flight", ()] == 0
+    assert found["diptych_refused_total", (("reason", "invalid_value"),)] == 1
+    assert found["diptych_refused_total", (("reason", "queue_full"),)] == 1
+    assert found["diptych_tenant_requests_total", (("tenant", "-"),)] == 3
+    assert found["diptych_router_waiting_tokens", ()] == 30
+    assert found["diptych_router_retried_total", ()] == 4
     assert found["diptych_prompt_tokens_total", ()] == 9
     assert found["diptych_cached_tokens_total", ()] == 3
     assert found["diptych_output_tokens_total", ()] == 4 + 8 + 2
@@ -45,12 +51,13 @@ def test_requests_are_counted_by_their_end() -> None:
     assert found["diptych_worker_kv_blocks_used", (("role", "decode"), ("worker", "decode-0"))] == 3
 
 
+@pytest.mark.fault(55)
 def test_workers_are_bounded_and_leave_with_the_fleet() -> None:
     fleet = [
         WorkerView(worker_id=f"worker-{i}", role=Role.MIXED, state=WorkerState.READY, epoch=1)
         for i in range(MAX_WORKERS + 50)
     ]
-    metrics = ServerMetrics(lambda: fleet)
+    metrics = ServerMetrics(lambda: fleet, RouterStats)
     name = "diptych_worker_running"
     assert sum(key[0] == name for key in samples(metrics.render().decode())) == MAX_WORKERS
     del fleet[1:]

@@ -9,7 +9,7 @@ import pytest
 from front_fakes import FakeDispatcher, front_app, running_front
 
 from diptych.core.errors import ConfigError
-from diptych.front import http_protocol
+from diptych.front.http_protocol import ConnectionLimits
 from diptych.front.server import bind, serve
 
 BODY = b'{"model": "tiny", "prompt": "a", "max_tokens": 2}'
@@ -46,6 +46,7 @@ def test_plain_request() -> None:
     assert json.loads(body)["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     "head", [POST.replace(b"HTTP/1.1", b"HTTP/1.0"), POST.replace(b"/v1", b"http://other/v1")], ids=["1.0", "absolute"]
 )
@@ -53,6 +54,7 @@ def test_old_and_absolute_forms(head: bytes) -> None:
     assert send(with_length(head, BODY))[0] == 200
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     "head",
     [
@@ -69,6 +71,7 @@ def test_ambiguous_framing_is_refused(head: bytes) -> None:
     assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
 @pytest.mark.parametrize("lines", [b"x-big: " + b"a" * 1_000_000, b"x-many: 1\r\n" * 10_000], ids=["one", "many"])
 def test_large_heads_are_refused(lines: bytes, end: bytes) -> None:
@@ -84,6 +87,7 @@ def test_large_heads_are_refused(lines: bytes, end: bytes) -> None:
     assert not body or json.loads(body)["error"]["code"] == "request_head_too_large"
 
 
+@pytest.mark.fault(2)
 def test_bodies_over_the_limit_are_refused_unread() -> None:
     async def run() -> None:
         async with running_front(FakeDispatcher(), max_body_bytes=1000) as url:
@@ -96,16 +100,18 @@ def test_bodies_over_the_limit_are_refused_unread() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.fault(21)
 def test_body_that_does_not_come() -> None:
     status, body = send(POST + b"content-length: 100\r\n\r\n{", body_timeout=0.05)
     assert status == 408
     assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
-def test_head_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.05)
-    assert send(POST) == (0, b"")
-    assert send(b"") == (0, b"")
+@pytest.mark.fault(21)
+def test_head_that_does_not_come() -> None:
+    limits = ConnectionLimits(head_seconds=0.05)
+    assert send(POST, connections=limits) == (0, b"")
+    assert send(b"", connections=limits) == (0, b"")
 
 
 def test_two_requests_on_one_connection() -> None:

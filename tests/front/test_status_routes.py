@@ -10,6 +10,7 @@ from front_fakes import FakeDispatcher, ask, byte_level_tokenizer
 import diptych
 from diptych.core.errors import ConfigError
 from diptych.front.settings import FrontSettings
+from diptych.front.tenants import TenantKeys
 
 COMPLETION = {"model": "tiny", "prompt": "abc", "max_tokens": 4}
 
@@ -31,6 +32,7 @@ def test_fleet() -> None:
         "state": "lost",
         "pid": 11,
         "epoch": 7,
+        "cut": "tp4 ep4",
         "kv_blocks_total": 9,
         "kv_blocks_used": 3,
         "kv_blocks_cached": 4,
@@ -71,12 +73,14 @@ def test_tokenize_chat_is_what_generation_gets() -> None:
     assert byte_level_tokenizer().encode("<|user|>a\nb<|end|>") == answer["tokens"]
 
 
+@pytest.mark.fault(10)
 def test_long_prompt_is_encoded_in_a_thread_to_the_same_tokens() -> None:
     text = "the cat sat " * 300
     answer = ask(FakeDispatcher(), "/tokenize", {"prompt": text}).json()
     assert answer["tokens"] == byte_level_tokenizer().encode(text)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize(
     "key", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic right", "Bearer rightx", "right"]
 )
@@ -90,12 +94,14 @@ def test_without_the_key(key: str | None, path: str) -> None:
     assert dispatcher.streams == []
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("key", ["Bearer schlüssel".encode(), b"Bearer \xff\xfe", b"Bearer " + b"x" * 1_000_000])
 def test_strange_keys(key: bytes) -> None:
     headers: Any = {"authorization": key}
     assert ask(FakeDispatcher(), "/v1/completions", COMPLETION, headers=headers, api_keys=("right",)).status_code == 401
 
 
+@pytest.mark.fault(57)
 def test_with_a_key() -> None:
     dispatcher = FakeDispatcher()
     for key in ("one", "two", "ключ"):
@@ -109,10 +115,15 @@ def test_with_a_key() -> None:
     assert dispatcher.streams[-1].request.cache_salt == ""
 
 
-@pytest.mark.parametrize("wrong", [{"api_keys": ("",)}, {"served_model_names": ()}, {"served_model_names": ("",)}])
+@pytest.mark.parametrize("wrong", [{"served_model_names": ()}, {"served_model_names": ("",)}])
 def test_settings_that_would_serve_nobody_or_everybody(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         FrontSettings(**{"served_model_names": ("tiny",)} | wrong)
+
+
+def test_an_empty_key_would_let_everybody_in() -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        TenantKeys.of(("right", ""))
 
 
 def test_open_paths_need_no_key() -> None:

@@ -29,6 +29,7 @@ def run(pieces: list[str], stops: list[str], include: bool) -> tuple[str, bool]:
     return shown + matcher.finish(), False
 
 
+@pytest.mark.fault(12)
 @given(TEXT, STOPS, st.booleans(), st.lists(st.integers(0, 40), max_size=10))
 def test_result_is_that_of_the_whole_text(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from front_fakes import FakeDispatcher, FakeStream, ask, events_of, running_front, says
+from front_fakes import FakeDispatcher, FakeStream, ask, byte_level_tokenizer, events_of, running_front, says, until
 
 from diptych.core.errors import OverloadedError, ServingError
 from diptych.front.tokenizer import ByteTokenizer
@@ -97,6 +97,7 @@ def test_headers_of_an_answer() -> None:
     assert two.headers["server-timing"].startswith("queue;dur=1.000, prefill;dur=20.000")
 
 
+@pytest.mark.fault(26, 65)
 def test_request_ids_are_echoed_but_not_used() -> None:
     dispatcher = FakeDispatcher()
     answers = [
@@ -194,6 +195,7 @@ async def next_data(lines: Any) -> str:
     raise AssertionError("the stream ended")
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("at", [0, 2])
@@ -221,6 +223,7 @@ def test_disconnect_cancels_every_choice(n: int, stream: bool, at: int) -> None:
     assert len(asyncio.run(run())) == n
 
 
+@pytest.mark.fault(22)
 def test_slow_reader_is_cancelled_in_the_end() -> None:
     async def run() -> bool:
         dispatcher = FakeDispatcher(lambda request: [97] * 10**6)
@@ -240,3 +243,96 @@ def test_slow_reader_is_cancelled_in_the_end() -> None:
         return True
 
     assert asyncio.run(run())
+
+
+def frames_of(**settings: Any) -> list[bytes]:
+    """The first frames of a stream whose first and second token come late."""
+
+    async def run() -> list[bytes]:
+        gates = {0: asyncio.Event(), 2: asyncio.Event()}
+        dispatcher = FakeDispatcher(gates=gates)
+        async with (
+            asyncio.timeout(20),
+            running_front(dispatcher, **settings) as url,
+            httpx.AsyncClient(base_url=url) as client,
+            client.stream("POST", "/v1/completions", json=COMPLETION | {"stream": True}) as response,
+        ):
+            assert response.status_code == 200
+            frames: list[bytes] = []
+            async for data in response.aiter_raw():
+                frames += [frame for frame in data.split(b"\n\n") if frame]
+                if frames.count(b": keep-alive") == 2:
+                    gates[0].set()
+                if frames.count(b": keep-alive") >= 4:
+                    gates[2].set()
+        return frames
+
+    return asyncio.run(run())
+
+
+def test_a_stream_that_has_nothing_to_say_says_so() -> None:
+    """Before its first token, and later; the answer is no other for it."""
+    frames = frames_of(keep_alive_seconds=0.05)
+    comments = [frame for frame in frames if frame == b": keep-alive"]
+    assert len(comments) >= 4
+    assert frames[0] == b": keep-alive"
+    events = [frame for frame in frames if frame != b": keep-alive"]
+    assert len(events) == 5
+    assert events[-1] == b"data: [DONE]"
+    between = frames[frames.index(events[1]) : frames.index(events[2])]
+    assert b": keep-alive" in between
+
+
+def test_a_failure_after_a_sign_of_life_is_an_event() -> None:
+    async def run() -> str:
+        gate = asyncio.Event()
+        dispatcher = FakeDispatcher(gates={0: gate}, failures={0: ServingError("gone", code="worker_lost")})
+        text = ""
+        async with (
+            running_front(dispatcher, keep_alive_seconds=0.02) as url,
+            httpx.AsyncClient(base_url=url) as client,
+            client.stream("POST", "/v1/completions", json=COMPLETION | {"stream": True}) as response,
+        ):
+            async for piece in response.aiter_text():
+                text += piece
+                gate.set()
+        return text
+
+    text = asyncio.run(run())
+    assert text.startswith(": keep-alive\n\n")
+    assert '"code":"worker_lost"' in text
+    assert "[DONE]" not in text
+
+
+def test_a_client_that_leaves_before_the_first_sign_of_life_cancels() -> None:
+    async def run() -> None:
+        dispatcher = FakeDispatcher(gates={0: asyncio.Event()})
+        async with running_front(dispatcher, keep_alive_seconds=0.02) as url, httpx.AsyncClient(base_url=url) as client:
+            async with client.stream("POST", "/v1/completions", json=COMPLETION | {"stream": True}) as response:
+                await anext(response.aiter_raw())
+            async with asyncio.timeout(20):
+                await dispatcher.streams[0].cancelled.wait()
+
+    asyncio.run(run())
+
+
+@pytest.mark.fault(26)
+def test_one_request_id_twice_at_the_same_time() -> None:
+    async def run() -> tuple[FakeDispatcher, list[httpx.Response]]:
+        gate = asyncio.Event()
+        dispatcher = FakeDispatcher(gates={1: gate})
+        async with running_front(dispatcher) as url, httpx.AsyncClient(base_url=url) as client:
+            headers = {"x-request-id": "same"}
+            bodies = [COMPLETION | {"prompt": prompt} for prompt in ([5, 6], [7, 8])]
+            asking = [asyncio.create_task(client.post("/v1/completions", json=b, headers=headers)) for b in bodies]
+            await until(lambda: len(dispatcher.streams) == 2)
+            gate.set()
+            return dispatcher, list(await asyncio.gather(*asking))
+
+    dispatcher, answers = asyncio.run(run())
+    assert len({stream.request.request_id for stream in dispatcher.streams}) == 2
+    assert len({answer.json()["id"] for answer in answers}) == 2
+    assert [answer.headers["x-request-id"] for answer in answers] == ["same", "same"]
+    texts = [answer.json()["choices"][0]["text"] for answer in answers]
+    codec = byte_level_tokenizer()
+    assert texts == [codec.decode([5, 6, 5, 6]), codec.decode([7, 8, 7, 8])]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.policy.backoff import FIRST_SECONDS, LONGEST_SECONDS, Backoff
 
 
+@pytest.mark.fault(47)
 def test_waits_double_up_to_a_limit_and_start_over_after_a_success() -> None:
     backoff = Backoff(patience=1e9, now=0.0)
     assert [backoff.failed(0.0) for _ in range(8)] == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]

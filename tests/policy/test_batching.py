@@ -90,6 +90,21 @@ def test_prompts_share_the_budget_and_decodes_come_first() -> None:
     worker.run()
 
 
+def test_short_prompts_need_not_wait_for_a_long_one() -> None:
+    worker = server(num_blocks=40, tokens=9, sequences=4)
+    worker.add(list(range(40, 100)), 1)
+    assert shares(worker.step()) == [("r0", 0, 9)]
+    worker.add([65] * 12, 1)
+    worker.add([66] * 3, 1)
+    assert shares(worker.step()) == [("r1", 0, 4), ("r0", 9, 5)]  # half of the step, in order of arrival
+    assert shares(worker.step()) == [("r1", 4, 4), ("r0", 14, 5)]
+    assert shares(worker.step()) == [("r1", 8, 4), ("r0", 19, 5)]
+    assert shares(worker.step()) == [("r2", 0, 3), ("r0", 24, 6)]
+    worker.add([67] * 8, 1)  # more than a quarter of the 30 tokens that the oldest lacks
+    assert shares(worker.step()) == [("r0", 30, 9)]
+    worker.run()
+
+
 def test_preempted_sequence_recomputes_its_log_in_chunks() -> None:
     worker = server(num_blocks=6, tokens=5, sequences=2, prefix_caching=False)
     older = worker.add([65, 66, 67], 15)

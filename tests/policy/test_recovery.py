@@ -1,35 +1,21 @@
 from __future__ import annotations
 
-from diptych.core.request import Preference
-from diptych.policy.recovery import MAX_ATTEMPTS, SuspectPairs, preference_after
+import pytest
+
+from diptych.policy.recovery import FAILED_HANDOFFS, Fault, fault
 
 
-def test_a_lost_worker_leaves_the_wish_and_a_failed_handoff_forbids_another() -> None:
-    assert preference_after("worker_lost", 1, Preference.SPLIT) is Preference.SPLIT
-    assert preference_after("worker_lost", 1, Preference.AUTO) is Preference.AUTO
-    assert preference_after("kv_corrupt", 1, Preference.SPLIT) is Preference.LOCAL
+@pytest.mark.parametrize("code", sorted(FAILED_HANDOFFS))
+def test_a_failed_handoff_is_the_fault_of_the_pair_and_of_neither_leg(code: str) -> None:
+    assert fault(code, split=True) is Fault.PAIR
+    assert fault(code, split=False) is Fault.NOBODY
 
 
-def test_a_request_s_own_fault_and_too_many_attempts_end_it() -> None:
-    assert preference_after("engine_corrupt", 1, Preference.AUTO) is None
-    assert preference_after("kv_exhausted", 1, Preference.AUTO) is None
-    assert preference_after("worker_lost", MAX_ATTEMPTS - 1, Preference.AUTO) is Preference.AUTO
-    assert preference_after("worker_lost", MAX_ATTEMPTS, Preference.AUTO) is None
+def test_what_would_fail_anywhere_is_the_request_s_own_fault() -> None:
+    assert fault("engine_corrupt", split=True) is Fault.REQUEST
+    assert fault("kv_exhausted", split=False) is Fault.REQUEST
 
 
-def test_a_pair_is_suspect_for_a_while() -> None:
-    pairs = SuspectPairs(seconds=10.0)
-    pairs.suspect(("p0", "d0"), now=0.0)
-    pairs.suspect(("p1", "d0"), now=5.0)
-    assert pairs.at(9.0) == {("p0", "d0"), ("p1", "d0")}
-    pairs.suspect(("p0", "d0"), now=9.0)
-    assert pairs.at(15.0) == {("p0", "d0")}
-    assert pairs.at(19.0) == frozenset()
-
-
-def test_a_new_life_is_not_suspect() -> None:
-    pairs = SuspectPairs()
-    pairs.suspect(("p0", "d0"), now=0.0)
-    pairs.suspect(("p0", "d1"), now=0.0)
-    pairs.forget("d0")
-    assert pairs.at(1.0) == {("p0", "d1")}
+def test_an_engine_that_raises_is_the_worker_s_fault_and_what_is_unknown_is_nobody_s() -> None:
+    assert fault("engine_failed", split=True) is Fault.WORKER
+    assert fault("duplicate_request", split=True) is Fault.NOBODY

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from diptych.core import actions as do
 from diptych.core import events as on
 from diptych.core.request import FinishReason, Request, SampledToken, SamplingParams
@@ -99,6 +101,7 @@ def test_pages_leave_chunk_by_chunk_and_the_token_closes_the_handoff() -> None:
     assert policy.pool.num_used == 0
 
 
+@pytest.mark.fault(41)
 def test_a_handoff_that_is_aborted_keeps_its_blocks_until_the_sender_has_stopped() -> None:
     policy = make_policy()
     request = make_request()
@@ -131,6 +134,7 @@ def test_a_ticket_for_something_else_is_refused() -> None:
     assert failure.code == "ticket_refused"
 
 
+@pytest.mark.fault(48)
 def test_a_reservation_waits_for_room_and_is_granted_when_there_is() -> None:
     policy = make_policy(num_blocks=4)
     [grant] = policy.handle(on.ReserveRequested(make_request("a", num_tokens=12)), now=0.0)
@@ -143,6 +147,7 @@ def test_a_reservation_waits_for_room_and_is_granted_when_there_is() -> None:
     assert grant.request.request_id == "b"
 
 
+@pytest.mark.fault(41, 42)
 def test_an_overdue_handoff_fails_and_stays_in_quarantine() -> None:
     policy = make_policy()
     policy.handle(on.ReserveRequested(make_request()), now=0.0)
@@ -165,6 +170,7 @@ def test_an_id_whose_blocks_are_in_quarantine_cannot_be_used_again_yet() -> None
     assert kinds(policy.handle(on.ReserveRequested(make_request()), now=3.0)) == ["GrantTicket"]
 
 
+@pytest.mark.fault(49, 50)
 def test_a_failed_step_fails_those_to_blame_and_repeats_the_rest() -> None:
     policy = make_policy()
     policy.handle(on.ServeRequested(make_request("a", num_tokens=3)), now=0.0)

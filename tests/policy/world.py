@@ -3,13 +3,14 @@ every message waits in a queue until a seeded choice delivers it.
 
 Each (sender, receiver) pair is a queue of its own, in order; between queues any order may happen. Pages
 are copied when their message is delivered, so a block that was given back too early shows in the tokens.
+Workers may be cut into ranks, each in its own way.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from diptych.core import actions as do
 from diptych.core import events as on
@@ -21,6 +22,7 @@ from diptych.core.ticket import TicketClaims
 from diptych.engine.scripted import ScriptedEngine, ScriptedModel
 from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool
+from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.policy.worker import WorkerPolicy
@@ -31,25 +33,31 @@ MODEL = ScriptedModel(block_size=4, max_model_len=256)
 class WorldWorker:
     """One worker: policy, engine, and tickets that it has granted and not yet revoked or seen closed."""
 
-    def __init__(self, world: World, worker_id: str, role: Role, num_blocks: int) -> None:
+    def __init__(self, world: World, worker_id: str, role: Role, num_blocks: int, model: ScriptedModel) -> None:
         self.world, self.worker_id, self.role = world, worker_id, role
-        self.engine = ScriptedEngine(MODEL)
-        [self.kv] = self.engine.allocate_kv(num_blocks, PrivateMemory)
-        limits = BatchLimits(max_batch_tokens=16, max_sequences=6)
-        self.policy = WorkerPolicy(MODEL.layout, BlockPool(num_blocks, 4), limits, MODEL.info.eos_token_ids)
+        self.num_blocks, self.model, self.layout = num_blocks, model, model.layout
+        self.engine = ScriptedEngine(model)
+        self.kv = self.engine.allocate_kv(num_blocks, PrivateMemory)
+        self.ranks = [self.make_rank(data_rank) for data_rank in range(self.layout.data_parallel)]
+        self.policy = self.ranks[0] if len(self.ranks) == 1 else DataParallelPolicy(self.ranks)
         self.tickets: dict[str, TicketClaims] = {}
         self.pushing: dict[str, str] = {}  # request -> target
         self.writers: dict[str, str] = {}  # request -> source
 
-    def view(self) -> WorkerView:
+    def make_rank(self, data_rank: int) -> WorkerPolicy:
+        pool = BlockPool(self.num_blocks, self.layout.block_size)
+        limits = BatchLimits(max_batch_tokens=16, max_sequences=6)
+        return WorkerPolicy(self.layout, pool, limits, self.model.info.eos_token_ids, data_rank=data_rank)
+
+    def view(self, state: WorkerState = WorkerState.READY) -> WorkerView:
         return WorkerView(
             worker_id=self.worker_id,
             role=self.role,
-            state=WorkerState.READY,
+            state=state,
             epoch=1,
-            num_blocks=self.kv.num_blocks,
-            block_size=4,
-            token_bytes=MODEL.layout.token_bytes,
+            num_blocks=self.num_blocks * len(self.ranks),
+            block_size=self.layout.block_size,
+            token_bytes=self.layout.token_bytes,
             transports=("shm",),
             stats=self.policy.stats(),
         )
@@ -65,6 +73,7 @@ class WorldWorker:
             case do.RunStep():
                 world.send(me, "engine " + me, lambda: self.step(action))
             case do.SendFirstToken(output, cached, queue_seconds, prefill_seconds):
+                world.cached[output.request_id] = cached
                 event = on.FirstTokenMade(me, output, cached, queue_seconds, prefill_seconds)
                 world.send(me, "router", lambda: world.route(event))
             case do.SendTokens(outputs):
@@ -77,7 +86,7 @@ class WorldWorker:
                 self.tickets.pop(request_id, None)
                 world.send("writers of " + me, me, lambda: self.handle(on.WriterGone(request_id)))
             case do.PushPages():
-                for layer in range(MODEL.num_layers):
+                for layer in range(self.layout.num_layers):
                     self.push(action, layer)
             case do.CloseHandoff(request_id, claims, token):
                 target = world.workers[claims.worker_id]
@@ -104,14 +113,15 @@ class WorldWorker:
             blocks=grant.blocks,
             first_block=grant.first_block,
             num_tokens=grant.num_tokens,
-            layout=MODEL.layout,
-            model_digest=MODEL.info.digest,
+            layout=self.layout,
+            data_rank=grant.data_rank,
+            model_digest=self.model.info.digest,
             salt="",
             nonce=b"n" * 16,
         )
         self.tickets[claims.request_id] = claims
         self.world.claims[claims.request_id] = claims
-        event = on.TicketGranted(self.worker_id, claims.request_id, claims.request_id.encode(), 0)
+        event = on.TicketGranted(self.worker_id, claims.request_id, claims.request_id.encode(), grant.num_cached_tokens)
         self.world.send(self.worker_id, "router", lambda: self.world.route(event))
 
     def push(self, push: do.PushPages, layer: int) -> None:
@@ -127,7 +137,7 @@ class WorldWorker:
         self.writers[push.request_id] = source.worker_id
         for piece in push.plan.layers:
             if piece.layer == layer:
-                theirs, ours = source.kv.layer(layer), self.kv.layer(layer)
+                theirs, ours = source.kv[piece.source_rank].layer(layer), self.kv[piece.target_rank].layer(layer)
                 for span in piece.ranges:
                     page = theirs[span.source_offset : span.source_offset + span.length]
                     ours[span.target_offset : span.target_offset + span.length] = page
@@ -145,7 +155,14 @@ class WorldWorker:
 class World:
     """Everything, and the seeded choice of what happens next."""
 
-    def __init__(self, seed: int, roles: dict[str, Role], *, num_blocks: int = 64) -> None:
+    def __init__(
+        self,
+        seed: int,
+        roles: dict[str, Role],
+        *,
+        num_blocks: int = 64,
+        models: Mapping[str, ScriptedModel] | None = None,
+    ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self.queues: dict[tuple[str, str], deque[tuple[str, Callable[[], None]]]] = {}
@@ -155,7 +172,13 @@ class World:
         self.finished: set[str] = set()
         self.errors: dict[str, DiptychError] = {}
         self.routes: dict[str, str] = {}
-        self.workers = {name: WorldWorker(self, name, role, num_blocks) for name, role in roles.items()}
+        self.cached: dict[str, int] = {}  # by attempt: what its prefill worker had cached
+        self.dead: set[str] = set()
+        self.leaving: set[str] = set()
+        cuts = models or {}
+        self.workers = {
+            name: WorldWorker(self, name, role, num_blocks, cuts.get(name, MODEL)) for name, role in roles.items()
+        }
         for worker in self.workers.values():
             self.route(on.WorkerUpdated(worker.view()))
 
@@ -168,18 +191,31 @@ class World:
         queue.clear()
         queue.extend(kept)
 
+    def under_way(self) -> list[tuple[str, str]]:
+        """Who sends messages to whom."""
+        return [key for key, queue in self.queues.items() if queue]
+
     def step(self) -> bool:
-        """Deliver one message; False if none is under way."""
-        busy = [key for key, queue in self.queues.items() if queue]
+        """Deliver one message or, if none is under way, let time pass. False if nothing is left to happen."""
+        busy = self.under_way()
         if not busy:
-            return False
+            return self.pass_time()
         self.now += 0.001
         _, deliver = self.queues[self.random.choice(busy)].popleft()
         deliver()
         return True
 
+    def pass_time(self) -> bool:
+        """To when the router has planned something, or by a second if somebody waits; False if there is neither."""
+        wake_at = self.router.wake_at(self.now)
+        if wake_at is None and not self.router.live:
+            return False
+        self.now = self.now + 1.0 if wake_at is None else wake_at
+        self.route(on.Tick())
+        return True
+
     def run(self, limit: int = 100_000) -> None:
-        """Deliver until nothing is under way."""
+        """Go on until nothing is left to happen."""
         for _ in range(limit):
             if not self.step():
                 return
@@ -189,16 +225,17 @@ class World:
         self.tokens[request.request_id] = []
         self.route(on.RequestSubmitted(request))
         live = self.router.live.get(request.request_id)
-        if live is not None:
+        if live is not None and live.route is not None:
             self.routes[request.request_id] = live.route.header()
 
-    def kill(self, name: str) -> None:
-        """A worker dies with everything that is on its way to or from it; a new life takes its place."""
+    def kill(self, name: str, *, back: bool = True) -> None:
+        """A worker dies with everything that is on its way to or from it; a new life takes its place, now or when it
+        is revived."""
         for key, queue in self.queues.items():
             if any(name in end.split() for end in key):
                 queue.clear()
         dead = self.workers[name]
-        self.workers[name] = WorldWorker(self, name, dead.role, dead.kv.num_blocks)
+        self.workers[name] = WorldWorker(self, name, dead.role, dead.num_blocks, dead.model)
         for worker in self.workers.values():
             pushing = tuple(request_id for request_id, target in worker.pushing.items() if target == name)
             if pushing:
@@ -207,8 +244,21 @@ class World:
             for request_id in [r for r, source in worker.writers.items() if source == name and r in worker.tickets]:
                 failure = on.HandoffFailed(request_id, "transfer_failed", "the source is gone")
                 self.send("links of " + worker.worker_id, worker.worker_id, lambda w=worker, e=failure: w.handle(e))
+        self.dead.add(name)
+        self.leaving.discard(name)
         self.route(on.WorkerGone(name))
+        if back:
+            self.revive(name)
+
+    def revive(self, name: str) -> None:
+        """The next life of a dead worker registers."""
+        self.dead.remove(name)
         self.route(on.WorkerUpdated(self.workers[name].view()))
+
+    def leave(self, name: str) -> None:
+        """A worker wants to go; it does once nobody needs it."""
+        self.leaving.add(name)
+        self.route(on.WorkerUpdated(self.workers[name].view(WorkerState.DRAINING)))
 
     def cancel(self, request_id: str) -> None:
         self.route(on.RequestCancelled(request_id))
@@ -216,6 +266,9 @@ class World:
     def route(self, event: on.RouterEvent) -> None:
         for action in self.router.handle(event, self.now):
             self.perform(action)
+        for name in sorted(self.leaving):
+            if name in self.leaving and not self.router.is_needed(name):
+                self.kill(name, back=False)
 
     def perform(self, action: do.RouterAction) -> None:
         match action:
@@ -247,5 +300,5 @@ class World:
         for worker in self.workers.values():
             worker.policy.check_integrity()
             assert worker.policy.idle, worker.worker_id
-            assert worker.policy.pool.num_used == 0, worker.worker_id
+            assert worker.policy.stats().blocks_used == 0, worker.worker_id
             assert not worker.tickets

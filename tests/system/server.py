@@ -124,7 +124,7 @@ class Stream:
         for line in self.response.iter_lines():
             if line == "data: [DONE]":
                 self.done = True
-            elif line:
+            elif line and not line.startswith(":"):
                 event = json.loads(line.removeprefix("data: "))
                 self.error = event.get("error")
                 yield from (token for choice in event.get("choices", ()) for token in choice["token_ids"])

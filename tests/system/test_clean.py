@@ -165,6 +165,7 @@ async def carry_out_all(server: Server, context: int) -> Counter[str]:
     return ends
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("transport", "context", "kv_tokens"),
     [("shm", 4096, 65536), ("tcp", 1024, 1024)],

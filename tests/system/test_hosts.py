@@ -92,6 +92,7 @@ def test_answers_across_hosts_are_exact(hosts: Hosts, server: Server) -> None:
         check_answers(server, 24)
 
 
+@pytest.mark.fault(32)
 def test_a_worker_that_is_killed_is_missed_and_comes_back_in_a_new_life(hosts: Hosts, server: Server) -> None:
     with hosts.worker() as process:
         epoch = ready(server, "far")
@@ -105,16 +106,18 @@ def test_a_worker_that_is_killed_is_missed_and_comes_back_in_a_new_life(hosts: H
     assert server.complete(PROMPT, max_tokens=5).route == "local=prefill-0"
     with hosts.worker():
         ready(server, "far", above=epoch)
+        soon(lambda: server.complete(PROMPT, "split", max_tokens=4).route == ROUTE, "it is trusted again")
         check_answers(server, 8)
 
 
+@pytest.mark.fault(37)
 def test_a_worker_that_leaves_finishes_its_streams(hosts: Hosts, server: Server) -> None:
     with hosts.worker() as process:
         ready(server, "far")
         with server.stream(PROMPT, "split", max_tokens=300) as stream:
             token_ids = [next(stream.token_ids)]
             process.terminate()
-            soon(lambda: server.fleet()["far"]["state"] == "draining", "it says so")
+            soon(lambda: server.fleet().get("far", {}).get("state") != "ready", "it says so, or has left already")
             assert server.complete(PROMPT, "split", max_tokens=5).route == "local=prefill-0"
             token_ids += stream.token_ids
         assert (token_ids, stream.done) == (expected_tokens(PROMPT, 300), True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from joined import END_SECONDS, join_point, joining, ready, refused
-from server import SCRIPTED, START_SECONDS, Server, end, launched, serving, soon
+from server import SCRIPTED, START_SECONDS, Server, end, is_idle, launched, serving, soon
 
 from diptych.engine.scripted import expected_tokens
 
@@ -43,6 +43,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+@pytest.mark.fault(34)
 def test_a_server_of_joined_workers_only_comes_and_goes_and_they_stay(key: str, tmp_path: Path) -> None:
     """No worker of its own; it is killed, and its successor finds the same processes in new lives."""
     port = free_port()
@@ -62,6 +63,7 @@ def test_a_server_of_joined_workers_only_comes_and_goes_and_they_stay(key: str, 
         with serving(*SCRIPTED, *fleet) as server:
             assert {name: worker["pid"] for name, worker in server.fleet().items()} == pids
             assert min(worker["epoch"] for worker in server.fleet().values()) > 1
+            soon(lambda: is_idle(server), "nothing is held for the server that was killed")
             answer = server.complete(PROMPT, "split", max_tokens=20)
             assert (answer.token_ids, answer.route) == (
                 expected_tokens(PROMPT, 20),
@@ -79,6 +81,7 @@ def test_patience_has_an_end(key: str, tmp_path: Path) -> None:
     assert line.startswith(f"diptych: no router at tcp:{nobody}: ")
 
 
+@pytest.mark.fault(46)
 def test_the_newest_of_two_with_one_name_wins(server: Server, tmp_path: Path) -> None:
     with joining(tmp_path / "first", *flags(server, "twin")) as first:
         epoch = ready(server, "twin")
@@ -89,12 +92,30 @@ def test_the_newest_of_two_with_one_name_wins(server: Server, tmp_path: Path) ->
             assert server.fleet()["twin"]["pid"] == second.pid
 
 
+@pytest.mark.fault(36)
+def test_a_worker_that_was_frozen_comes_back_in_a_new_life(server: Server, tmp_path: Path) -> None:
+    """Nobody can kill it from here: its old life is fenced off by its epoch."""
+    with joining(tmp_path / "log", *flags(server, "far", "prefill")) as process:
+        epoch = ready(server, "far")
+        with server.stream(PROMPT, "split", max_tokens=200) as stream:
+            token_ids = [next(stream.token_ids)]
+            process.send_signal(signal.SIGSTOP)
+            token_ids += stream.token_ids
+        assert token_ids == expected_tokens(PROMPT, 200)
+        soon(lambda: "far" not in server.fleet(), "its silence is noticed")
+        process.send_signal(signal.SIGCONT)
+        ready(server, "far", above=epoch)
+        soon(lambda: "far" in server.complete(PROMPT, "split", max_tokens=4).route, "it is trusted again")
+        assert server.complete(PROMPT, "split", max_tokens=20).token_ids == expected_tokens(PROMPT, 20)
+
+
+@pytest.mark.fault(44)
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (("--id", "mixed-0"), ("mixed-0", "the server's own")),
-        (("--max-model-len", "100"), ("context of 100 tokens", "--max-model-len")),
-        (("--block-size", "32"), ("refused",)),
+        (("--max-model-len", "100"), ("contexts differ: 100 and 4096 tokens", "--max-model-len")),
+        (("--tp", "3"), ("2 KV heads", "3 tensor ranks")),
         (("--id", "a b"), ("'a b'", "--id")),
         (("--advertise", "0.0.0.0"), ("0.0.0.0", "--advertise")),
         (("--join", "127.0.0.1"), ("127.0.0.1", "HOST:PORT")),
@@ -115,6 +136,7 @@ def test_without_tls_a_tls_server_is_not_joined(server: Server, tmp_path: Path) 
     assert "is --tls given on both sides?" in line
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("hurry", [True, False], ids=["second signal", "end of grace"])
 def test_a_worker_that_cannot_finish_in_time_ends_all_the_same(server: Server, hurry: bool, tmp_path: Path) -> None:
     grace = ("--grace-seconds", "60" if hurry else "0.2")

@@ -149,6 +149,7 @@ def check_refusal(server: Server, case: Case) -> None:
     assert 0 < len(error["message"]) < 300
 
 
+@pytest.mark.fault(1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 18)
 def test_nobody_is_harmed(server: Server) -> None:
     """All of it, while another client listens to a long stream."""
     with server.stream(PROMPT, "split", max_tokens=STORY_TOKENS) as story:
@@ -165,12 +166,14 @@ def test_nobody_is_harmed(server: Server) -> None:
     soon(lambda: is_idle(server), "all blocks are given back")
 
 
+@pytest.mark.fault(8)
 def test_the_longest_prompt_that_fits_is_served(server: Server) -> None:
     prompt = [65] * (CONTEXT - 1)
     for prefer in ("split", "local"):
         assert server.complete(prompt, prefer, max_tokens=1).token_ids == expected_tokens(prompt, 1)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [

@@ -36,14 +36,15 @@ def test_each_event_is_a_line_with_the_actions_it_led_to(tmp_path: Path) -> None
     journal = open_journal(str(path))
     journal.record(1.5, ServeRequested(request), [RunStep(Batch((row,)))])
     journal.record(2.5, AbortRequested("r"), [DeliverFailure("r", ServingError("broken", code="worker_lost"))])
-    journal.record(3.5, AbortRequested("r"), [PushPages("r", CLAIMS, PLAN)])
+    push = PushPages("r", CLAIMS, PLAN)
+    journal.record(3.5, AbortRequested("r"), [push, RunStep(Batch((row,)), (push,))])
     first, second, third = [json.loads(line) for line in path.read_text().splitlines()]
     journal.close()
     assert (first["t"], first["event"]["kind"], first["actions"][0]["kind"]) == (1.5, "ServeRequested", "RunStep")
     assert first["event"]["request"]["prompt_token_ids"] == [1, 2]
-    assert third["actions"][0]["plan"]["layers"][0]["ranges"] == [
-        {"source_offset": 0, "target_offset": 64, "length": 32}
-    ]
+    pushed = {"kind": "PushPages", "request_id": "r", "target": "decode-0"}
+    assert third["actions"][0] == pushed | {"first_token": 0, "num_tokens": 4, "num_ranges": 2}
+    assert third["actions"][1]["pushes"] == third["actions"][:1]
     assert second["actions"][0]["error"] == {"code": "worker_lost", "message": "broken"}
 
 

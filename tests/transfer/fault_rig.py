@@ -64,6 +64,9 @@ class Switch:
     ) -> Payload:
         return (self.faulty or self._writer).write(transfer, piece, layer, staged)
 
+    def close(self) -> None:
+        self._writer.close()
+
 
 class Rig:
     """A source, a target with a pool of blocks, and what is certain after each injection."""

@@ -53,7 +53,7 @@ class RawSource:
             self.connection.send(frames.Join(joins.welcome.link))
             return
         layout = world.source.layout if layout is None else layout
-        self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, "model"))
+        self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, "model", False))
         self.welcome: Any = self.connection.receive()
         if isinstance(endpoint, KVEndpoint) and self.mapped and isinstance(self.welcome, frames.PushWelcome):
             for _ in range(self.welcome.num_descriptors):

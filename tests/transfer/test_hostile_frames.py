@@ -46,7 +46,7 @@ anything: st.SearchStrategy[FromSource] = st.one_of(
     st.builds(frames.Close, **about, epoch=epochs, num_frames=numbers, token=st.just(TOKEN), payload=st.just(b"")),
     st.builds(frames.Stopped, **about),
     st.builds(frames.Join, link=st.binary(max_size=20)),
-    st.just(frames.PushHello(1, "p", LAYOUT, "model")),
+    st.just(frames.PushHello(1, "p", LAYOUT, "model", False)),
 )
 
 

@@ -148,6 +148,7 @@ def test_several_sources_push_to_one_target(tmp_path: Path) -> None:
         assert bytes(made.target.buffer) == expected
 
 
+@pytest.mark.fault(40)
 def test_two_lives_of_a_target_do_not_mix(tmp_path: Path) -> None:
     """A ticket of the life before is refused, and the same link goes on with one of this life."""
     with world("tcp", tmp_path) as made:

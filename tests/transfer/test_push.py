@@ -76,6 +76,7 @@ def test_a_handoff_arrives(transport: str, seed: int, count: int, cached: int, t
         assert made.at_target.next() == WriterGone("r1")
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_chunks_layers_in_any_order_and_duplicates_arrive(transport: str, tmp_path: Path) -> None:
     source_blocks, target_blocks = random_tables(6, 9)
@@ -129,6 +130,7 @@ def test_many_requests_share_a_link(transport: str, tmp_path: Path) -> None:
                 assert made.block(made.target, layer, claims.blocks[0]) == made.block(made.source, layer, 5)
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("fault", Fault)
 @pytest.mark.parametrize("write", LAYERS)
@@ -293,6 +295,7 @@ def test_another_process_hands_over(transport: str, tmp_path: Path) -> None:
         assert_arrived(made, list(claims.blocks), claims.blocks, 0)
 
 
+@pytest.mark.fault(31, 41)
 @pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 def test_a_source_that_is_killed_gives_up_its_hold_on_the_blocks(transport: str, tmp_path: Path) -> None:
     with world(transport, tmp_path) as made:

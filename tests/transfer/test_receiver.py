@@ -50,6 +50,7 @@ def test_a_ticket_that_nobody_has_begun_is_revoked_at_once(transport: str, tmp_p
         assert made.at_target.empty
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layers_before", [0, 1, len(LAYERS)])
 @pytest.mark.parametrize("ending", ["stopped", "hang up"])
@@ -81,6 +82,7 @@ def test_a_begun_ticket_is_in_quarantine_until_its_writer_is_gone(
         assert made.at_target.empty
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_writer_that_is_lost_fails_the_handoff_and_then_is_gone(transport: str, tmp_path: Path) -> None:
     with world(transport, tmp_path) as made:
@@ -109,6 +111,7 @@ def test_an_inline_write_that_ends_in_the_middle_fails_the_handoff(tmp_path: Pat
         assert_still_works(made)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(
     "change",
@@ -160,6 +163,7 @@ def test_an_impossible_payload_ends_the_connection(transport: str, nbytes: int, 
         assert_still_works(made)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("change", [{"nonce": b"x" * 16}, {"epoch": EPOCH - 1}, {"request_id": "other"}], ids=str)
 def test_stray_frames_are_counted_and_change_nothing(transport: str, change: dict[str, object], tmp_path: Path) -> None:
@@ -177,6 +181,7 @@ def test_stray_frames_are_counted_and_change_nothing(transport: str, change: dic
         assert made.receiver.book.counts["stray frame"] == 2
 
 
+@pytest.mark.fault(28)
 def test_a_ticket_serves_one_connection_once(tmp_path: Path) -> None:
     with world("tcp", tmp_path) as made, ScriptedSource(made) as thief, ScriptedSource(made) as source:
         claims = claims_for("r1", BLOCKS)
@@ -202,6 +207,7 @@ def test_a_ticket_serves_one_connection_once(tmp_path: Path) -> None:
         assert made.at_target.empty
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("change", [{"layout": OTHER}, {"model": "another"}])
 def test_a_source_that_serves_something_else_is_not_welcome(change: dict[str, object], tmp_path: Path) -> None:
     with world("shm", tmp_path) as made:
@@ -218,6 +224,7 @@ def test_the_wrong_key_is_counted(tmp_path: Path) -> None:
         assert made.receiver.book.counts["refused connection"] == 1
 
 
+@pytest.mark.fault(61)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=1, max_size=120))
 def test_bytes_from_strangers_and_garbage_from_sources_cost_only_their_connection(data: bytes, tmp_path: Path) -> None:

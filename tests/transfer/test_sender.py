@@ -57,7 +57,7 @@ class ScriptedTarget:
 
     def hear_hello(self) -> None:
         self.connection = accept(self._listener.accept()[0], KEY, frames.FromSource)
-        assert self.next() == frames.PushHello(WIRE_VERSION, "prefill-0", LAYOUT, "model")
+        assert self.next() == frames.PushHello(WIRE_VERSION, "prefill-0", LAYOUT, "model", False)
 
     def meet(self) -> None:
         self.hear_hello()
@@ -284,6 +284,7 @@ def test_a_broken_link_is_reported_once_with_what_was_under_way(transport: str, 
         assert made.events.empty
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
 @pytest.mark.parametrize("silent", ["welcome", "leave"])
 def test_a_target_that_falls_silent(
@@ -345,6 +346,9 @@ class GatedWriter:
         self.begun.set()
         assert self.may_go_on.wait(20)
         return self._writer.write(transfer, piece, layer, staged)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 @contextlib.contextmanager

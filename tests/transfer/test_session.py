@@ -266,6 +266,7 @@ def test_a_session_closed_too_early_fails_on_both_sides(pair: Pair) -> None:
     pair.is_alive_and_whole()
 
 
+@pytest.mark.fault(28)
 def test_a_ticket_is_good_once(pair: Pair) -> None:
     ticket = pair.target.expect("s", NUM_TOKENS)
     where = pair.target.address or pair.target
@@ -281,6 +282,7 @@ def test_a_ticket_is_good_once(pair: Pair) -> None:
     pair.is_alive_and_whole()
 
 
+@pytest.mark.fault(28)
 def test_foreign_tickets_are_refused(pair: Pair) -> None:
     ticket = pair.target.expect("s", NUM_TOKENS)
     where = pair.target.address or pair.target

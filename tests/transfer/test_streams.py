@@ -224,6 +224,9 @@ class Gate:
             assert self.may_go_on.wait(20)
         return self._writer.write(transfer, piece, layer, staged)
 
+    def close(self) -> None:
+        self._writer.close()
+
 
 @each_transport
 def test_a_push_has_not_stopped_while_another_thread_writes_for_it(transport: str, tmp_path: Path) -> None:

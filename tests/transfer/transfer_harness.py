@@ -135,12 +135,14 @@ def world(
     targets = tuple(KVMemory(target_layout, NUM_BLOCKS, segments[rank].buffer, rank) for rank in ranks)
     at_target = Inbox()
     descriptors = tuple(segment.descriptor for segment in segments)
-    about = Target(key=KEY, epoch=EPOCH, memories=targets, model_digest="model", descriptors=descriptors)
+    nixl = transport in ("nixl", "fastest")
+    about = Target(key=KEY, epoch=EPOCH, memories=targets, model_digest="model", descriptors=descriptors, nixl=nixl)
     receiver = KVReceiver(about, at_target.put)
     endpoint: KVEndpoint | LocalEndpoint = LocalEndpoint(receiver)
     if transport != "local":
-        address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else f"{transport}:127.0.0.1:0")
-        endpoint = KVEndpoint(transport="shm" if transport == "shm" else "tcp", address=address)
+        scheme = "tls" if transport == "tls" else "tcp"
+        address = receiver.listen(f"unix:{directory / 'kv'}" if transport == "shm" else f"{scheme}:127.0.0.1:0")
+        endpoint = KVEndpoint(transport="tcp" if transport == "tls" else transport, address=address)
     sources = tuple(random_memory(seed, layout, rank) for rank in range(layout.world_size))
     made = World(endpoint, sources, targets, receiver, at_target)
     try:
@@ -174,7 +176,7 @@ class ScriptedSource:
             endpoint.dial() if isinstance(endpoint, LocalEndpoint) else dial(endpoint.address, key, frames.FromTarget)
         )
         self._descriptors: list[int] = []
-        self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model))
+        self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, model, False))
         self.welcome = self.connection.receive()
         if isinstance(endpoint, KVEndpoint) and self.mapped and isinstance(self.welcome, frames.PushWelcome):
             self._descriptors = [self.connection.receive_descriptor() for _ in range(self.welcome.num_descriptors)]

@@ -125,6 +125,7 @@ def test_a_caller_that_says_nothing_is_turned_away(monkeypatch: pytest.MonkeyPat
     serving("tcp:127.0.0.1:0", test)
 
 
+@pytest.mark.fault(61)
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=120))
 @example(handshake.MAGIC + bytes(64))
@@ -142,6 +143,7 @@ def test_random_bytes_from_a_stranger_cost_only_that_connection(data: bytes) -> 
     serving("tcp:127.0.0.1:0", test)
 
 
+@pytest.mark.fault(61)
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(min_size=1, max_size=60))
 @example((1 << 31).to_bytes(4, "big"))
@@ -179,6 +181,7 @@ def test_garbage_from_the_listener_is_a_protocol_error() -> None:
         channel = await connect(listener.address, KEY, ToWorker)
         with pytest.raises(ProtocolError):
             await anext(channel)
+        channel.close()
         channel.send(Shutdown())  # goes nowhere, and harms nobody
         await listener.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any, get_args
 
 import msgspec
@@ -14,7 +15,7 @@ from wire_examples import FROM_SOURCE, FROM_TARGET, FROM_WORKER, TO_WORKER
 from diptych.core.errors import ProtocolError
 from diptych.transfer import frames
 from diptych.wire import messages
-from diptych.wire.codec import LENGTH, MAX_FRAME_BYTES, Decoder, encode_frame, frame_length
+from diptych.wire.codec import CHECKSUM_BYTES, LENGTH, MAX_FRAME_BYTES, Decoder, encode_frame, frame_length, seal
 
 DIRECTIONS: list[tuple[Any, list[Any]]] = [
     (messages.FromWorker, FROM_WORKER),
@@ -28,6 +29,11 @@ every_message = pytest.mark.parametrize(("union", "message"), EVERY, ids=lambda 
 
 def content_of(message: object) -> bytes:
     return encode_frame(message)[LENGTH.size :]
+
+
+def encoded(message: object) -> bytes:
+    """The message in msgpack."""
+    return content_of(message)[CHECKSUM_BYTES:]
 
 
 @pytest.mark.parametrize(("union", "examples"), DIRECTIONS)
@@ -44,27 +50,36 @@ def test_round_trip(union: Any, message: Any) -> None:
 
 @every_message
 def test_no_prefix_of_a_message_is_a_message(union: Any, message: Any) -> None:
-    decoder, content = Decoder[Any](union), content_of(message)
+    decoder, content = Decoder[Any](union), encoded(message)
     for end in range(len(content)):
         with pytest.raises(ProtocolError):
-            decoder.decode(content[:end])
+            decoder.decode(seal(content[:end]))
+
+
+@every_message
+def test_a_flipped_bit_anywhere_is_noticed(union: Any, message: Any) -> None:
+    decoder, content = Decoder[Any](union), content_of(message)
+    for position, bit in itertools.product(range(len(content)), range(8)):
+        spoiled = content[:position] + bytes((content[position] ^ 1 << bit,)) + content[position + 1 :]
+        with pytest.raises(ProtocolError, match="damaged"):
+            decoder.decode(spoiled)
 
 
 @every_message
 def test_nothing_may_follow_a_message(union: Any, message: Any) -> None:
     with pytest.raises(ProtocolError):
-        Decoder(union).decode(content_of(message) + b"\x00")
+        Decoder(union).decode(seal(encoded(message) + b"\x00"))
 
 
 @every_message
 def test_unknown_and_missing_fields_are_refused(union: Any, message: Any) -> None:
     decoder, fields = Decoder[Any](union), msgspec.to_builtins(message, builtin_types=(bytes,))
-    assert decoder.decode(msgspec.msgpack.encode(fields)) == message
+    assert decoder.decode(seal(msgspec.msgpack.encode(fields))) == message
     with pytest.raises(ProtocolError, match="unknown field"):
-        decoder.decode(msgspec.msgpack.encode({**fields, "kv_pointer": 0xDEADBEEF}))
+        decoder.decode(seal(msgspec.msgpack.encode({**fields, "kv_pointer": 0xDEADBEEF})))
     for name in fields:
         with pytest.raises(ProtocolError):
-            decoder.decode(msgspec.msgpack.encode({key: value for key, value in fields.items() if key != name}))
+            decoder.decode(seal(msgspec.msgpack.encode({key: fields[key] for key in fields if key != name})))
 
 
 @every_message
@@ -79,17 +94,19 @@ def test_messages_of_the_other_directions_are_refused(union: Any, message: Any) 
 def test_random_bytes_are_refused(content: bytes) -> None:
     for union, _ in DIRECTIONS:
         with pytest.raises(ProtocolError):  # to be a message by chance it would have to hold a type's name
+            Decoder(union).decode(seal(content))
+        with pytest.raises(ProtocolError):
             Decoder(union).decode(content)
 
 
 @given(choice=st.sampled_from(EVERY), position=st.floats(0, 1, exclude_max=True), noise=st.binary(max_size=8))
 def test_a_spoiled_message_is_a_message_or_refused(choice: tuple[Any, object], position: float, noise: bytes) -> None:
     union, message = choice
-    content = content_of(message)
+    content = encoded(message)
     start = int(position * len(content))
     spoiled = content[:start] + noise + content[start + len(noise) :]
     with contextlib.suppress(ProtocolError):
-        assert isinstance(Decoder[Any](union).decode(spoiled), get_args(union))
+        assert isinstance(Decoder[Any](union).decode(seal(spoiled)), get_args(union))
 
 
 @pytest.mark.parametrize(
@@ -106,13 +123,13 @@ def test_a_spoiled_message_is_a_message_or_refused(choice: tuple[Any, object], p
 def test_depth_and_announced_sizes_do_no_harm(content: bytes) -> None:
     for expected in (messages.FromWorker, Any, list[int], dict[str, Any]):
         with pytest.raises(ProtocolError):
-            Decoder(expected).decode(content)
+            Decoder(expected).decode(seal(content))
 
 
 def test_sizes_are_limited_on_both_ends() -> None:
-    with pytest.raises(ProtocolError, match="a Refused of 108 bytes exceeds the limit of 100"):
+    with pytest.raises(ProtocolError, match="a Refused of 116 bytes exceeds the limit of 100"):
         encode_frame(messages.Refused("x" * 85), max_bytes=100)
-    assert len(encode_frame(messages.Refused("x" * 77), max_bytes=100)) == 100 + LENGTH.size
+    assert len(encode_frame(messages.Refused("x" * 69), max_bytes=100)) == 100 + LENGTH.size
     assert frame_length(LENGTH.pack(MAX_FRAME_BYTES)) == MAX_FRAME_BYTES
     with pytest.raises(ProtocolError, match="was announced"):
         frame_length(LENGTH.pack(MAX_FRAME_BYTES + 1))

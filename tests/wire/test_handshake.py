@@ -43,6 +43,7 @@ def test_a_proof_cannot_be_sent_back_to_its_maker() -> None:
         connector.answer(reply[:-PROOF_BYTES] + connector.answer(reply))
 
 
+@pytest.mark.fault(28)
 def test_a_recorded_handshake_is_worth_nothing() -> None:
     connector, listener = ConnectorSide(KEY), ListenerSide(KEY)
     reply = listener.reply(connector.opening)

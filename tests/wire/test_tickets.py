@@ -35,6 +35,7 @@ def test_round_trip(claims: TicketClaims) -> None:
     assert open_ticket(mint(claims, KEY), KEY) == claims
 
 
+@pytest.mark.fault(28)
 @given(claims=claims_of_any_kind, place=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255))
 def test_every_byte_counts(claims: TicketClaims, place: float, change: int) -> None:
     ticket = bytearray(mint(claims, KEY))
@@ -51,12 +52,14 @@ def test_neither_shorter_nor_longer(claims: TicketClaims, place: float, tail: by
             open_ticket(other, KEY)
 
 
+@pytest.mark.fault(28)
 @given(claims=claims_of_any_kind)
 def test_another_fleets_ticket(claims: TicketClaims) -> None:
     with pytest.raises(TicketError, match="not minted by this fleet"):
         open_ticket(mint(claims, b"x" * 32), KEY)
 
 
+@pytest.mark.fault(28)
 @given(ticket=st.binary(max_size=2 * MAC_BYTES))
 def test_random_bytes(ticket: bytes) -> None:
     with pytest.raises(TicketError):

@@ -50,8 +50,9 @@ TO_WORKER: list[messages.ToWorker] = [
     messages.Shutdown(),
 ]
 FROM_SOURCE: list[frames.FromSource] = [
-    frames.PushHello(1, "p0", MANIFEST.layout, "model"),
+    frames.PushHello(1, "p0", MANIFEST.layout, "model", False),
     frames.Join(b"link"),
+    frames.Probe(1 << 20),
     frames.Begin("r1", b"nonce", 3),
     frames.Pages("r1", b"nonce", 3, 1, 0, 4, bytes(range(16)), 256),
     frames.Close("r1", b"nonce", 3, 5, TOKEN, b"and this"),
@@ -59,6 +60,8 @@ FROM_SOURCE: list[frames.FromSource] = [
 ]
 FROM_TARGET: list[frames.FromTarget] = [
     frames.PushWelcome(MANIFEST.layout, 12, 1, b"link"),
+    frames.NixlWelcome(b"metadata", (1 << 40, 1 << 41), 1 << 42),
+    frames.Probed(),
     frames.Refused("another model"),
     frames.Go("r1", b"nonce"),
     frames.Accepted("r1", b"nonce"),

@@ -67,19 +67,20 @@ CASES = (
 )
 
 
-def make_benchmark_checkpoint(directory: Path) -> Path:
-    """Write the checkpoint (random weights, fixed seed); returns `directory`."""
+def make_benchmark_checkpoint(directory: Path, **changes: int) -> Path:
+    """Write the checkpoint (random weights, fixed seed), with `changes` to its shape; returns `directory`."""
     import transformers
 
-    config = transformers.LlamaConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        intermediate_size=1408,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=4096,
-    )
+    shape = {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 1408,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 4096,
+    }
+    config = transformers.LlamaConfig(**(shape | changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = transformers.LlamaForCausalLM(config)

@@ -75,17 +75,20 @@ def completion_request(model: str, prompt: Sequence[int], num_output_tokens: int
 
 
 class LoadClient:
-    """Sends exchanges to one server. Use as an async context manager."""
+    """Sends exchanges to one server, with a key if it needs one. Use as an async context manager."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self._url = f"{base_url}/v1/completions"
+        self._headers = {"content-type": "application/json"}
+        if api_key is not None:
+            self._headers["authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> LoadClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=READ_TIMEOUT)
         # Without a limit: a client that waits for a free connection is not open-loop.
         self._session = aiohttp.ClientSession(
-            timeout=timeout, connector=aiohttp.TCPConnector(limit=0), headers={"content-type": "application/json"}
+            timeout=timeout, connector=aiohttp.TCPConnector(limit=0), headers=self._headers
         )
         return self
 
@@ -214,6 +217,8 @@ def _failure(exchange: Exchange, content: StreamContent) -> str | None:
 
 
 def _read_event(event: bytes, when: float, content: StreamContent) -> None:
+    if event.startswith(b":"):
+        return  # a comment: a sign of life
     data = event.removeprefix(DATA)
     if data == DONE:
         content.done = True

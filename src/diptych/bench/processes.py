@@ -29,6 +29,27 @@ def parse_stat(line: str) -> ProcessStat:
     return ProcessStat(int(pid), int(fields[1]), fields[0], ticks / TICKS_PER_SECOND, int(fields[19]))
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a process holds: memory in MB (pages that it shares, by its share: PSS of proc(5)), descriptors, threads."""
+
+    megabytes: float
+    descriptors: int
+    threads: int
+
+
+def footprint(pid: int) -> Footprint | None:
+    """None if it is gone."""
+    directory = PROC / str(pid)
+    try:
+        rollup = (directory / "smaps_rollup").read_text()
+        descriptors, threads = (len(os.listdir(directory / name)) for name in ("fd", "task"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    kilobytes = next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+    return Footprint(kilobytes / 1000, descriptors, threads)
+
+
 def tree(root: int) -> dict[int, ProcessStat]:
     """The process `root` and all its living descendants, by id; empty if it is gone."""
     stats = _all_stats()

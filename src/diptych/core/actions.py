@@ -56,13 +56,14 @@ class AbandonPush:
 
 @dataclass(frozen=True, slots=True)
 class GrantTicket:
-    """Blocks are reserved: expect pages for them, and tell the router."""
+    """Blocks are reserved (on one data-parallel rank): expect pages for them, and tell the router."""
 
     request: Request
     blocks: tuple[BlockId, ...]
     first_block: int
     num_tokens: int
     num_cached_tokens: int
+    data_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

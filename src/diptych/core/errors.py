@@ -7,6 +7,7 @@ DiptychError
 ├── OverloadedError         this limit is reached; try again           429, Retry-After
 ├── UnavailableError        nobody can serve this now; try again       503, Retry-After
 ├── ServingError            we failed: worker lost, engine corrupt     500
+│   └── EngineLost          a worker's engine has broken down for good (the worker ends)
 ├── ConfigError             the operator's flags, files or model       (start-up)
 │   └── CheckpointError     a model directory that cannot be served    (start-up)
 └── PeerError               another process broke the protocol         (connection closed)
@@ -93,6 +94,12 @@ class EngineCorrupt(ServingError):
     def __init__(self, request_ids: tuple[str, ...]) -> None:
         super().__init__(f"the model's output is not finite for {', '.join(request_ids)}")
         self.request_ids = request_ids
+
+
+class EngineLost(ServingError):
+    """The engine will not compute again. Its worker ends, so that another one, of a new epoch, takes its place."""
+
+    code = "engine_lost"
 
 
 class ConfigError(DiptychError):

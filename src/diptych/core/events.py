@@ -230,6 +230,7 @@ class BlocksCached:
 
 RouterEvent = (
     RequestSubmitted
+    | Tick
     | RequestCancelled
     | TicketGranted
     | FirstTokenMade

@@ -50,16 +50,18 @@ class KVEndpoint:
     """Where a decode worker takes pages in: `address` is where its data channel listens.
 
     With transport "shm" that is `unix:PATH`, and the worker passes a descriptor of its KV memory over it;
-    with "tcp" it is `tcp:HOST:PORT` or `tls:HOST:PORT`, and pages follow in the frames.
+    with "tcp" it is `tcp:HOST:PORT` or `tls:HOST:PORT`, and pages follow in the frames. With "nixl" it is
+    `tcp:HOST:PORT`, and NIXL writes the pages; with "fastest" it does so if the source finds that faster.
     """
 
-    transport: str  # "shm" | "tcp"
+    transport: str  # "shm" | "tcp" | "nixl" | "fastest"
     address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a worker says of itself when it registers. Workers of equal `host` can share memory."""
+    """What a worker says of itself when it registers. `num_blocks` are those of all its data-parallel ranks
+    together. Workers of equal `host` can share memory."""
 
     model: ModelInfo
     layout: KVLayout
@@ -92,7 +94,8 @@ class WorkerView:
     state: WorkerState
     epoch: Epoch
     pid: int = 0
-    num_blocks: int = 0
+    cut: str = ""  # into ranks, in short ("tp4 ep4")
+    num_blocks: int = 0  # of all data-parallel ranks together
     block_size: int = 16
     token_bytes: int = 0  # KV bytes per token, all layers
     transports: tuple[str, ...] = ()
@@ -102,6 +105,19 @@ class WorkerView:
     @property
     def blocks_free(self) -> int:
         return self.num_blocks - self.stats.blocks_used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStats:
+    """The router's own load, now, and its counts since start."""
+
+    running: int = 0  # requests that workers have
+    waiting: int = 0  # requests in the queue
+    waiting_tokens: int = 0  # of their prompts
+    retried: int = 0  # attempts after the first
+    checkpoints: int = 0  # copies of streams' KV that arrived
+    checkpoint_tokens: int = 0  # of the logs, whose KV was sent for them
+    ignored: int = 0  # messages about requests that are over, and tokens that came twice
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,17 @@ class KVLayout:
         """Ranks of a worker. (Expert parallelism spreads experts over these same ranks.)"""
         return self.data_parallel * self.pipeline_parallel * self.tensor_parallel
 
+    @property
+    def cut(self) -> str:
+        """In short, for people: "tp4 ep4"; empty for a single rank."""
+        sizes = {
+            "tp": self.tensor_parallel,
+            "pp": self.pipeline_parallel,
+            "dp": self.data_parallel,
+            "ep": self.expert_parallel,
+        }
+        return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+
     def rank(self, data_rank: int, stage: int, tensor_rank: int) -> int:
         """The rank at these coordinates."""
         return (data_rank * self.pipeline_parallel + stage) * self.tensor_parallel + tensor_rank

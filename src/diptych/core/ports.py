@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from diptych.core.fleet import ModelInfo, Route, WorkerView
+from diptych.core.fleet import ModelInfo, Route, RouterStats, WorkerView
 from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
 from diptych.core.request import Request, SampledToken, TokenOutput
 from diptych.core.sequence import Batch
@@ -97,7 +97,9 @@ class TokenStream(Protocol):
     """
 
     @property
-    def route(self) -> Route: ...
+    def route(self) -> Route | None:
+        """None as long as it waits for its turn."""
+        ...
 
     @property
     def num_cached_tokens(self) -> int: ...
@@ -118,11 +120,18 @@ class Dispatcher(Protocol):
     @property
     def model(self) -> ModelInfo: ...
 
+    def check(self, tenant: str) -> None:
+        """Raises what `submit` would raise for any request of this tenant, however small: so that nothing need
+        be read, parsed or tokenized in vain."""
+        ...
+
     def submit(self, request: Request) -> TokenStream:
         """Accept a request. Raises OverloadedError or UnavailableError (with `retry_after`)."""
         ...
 
     def workers(self) -> list[WorkerView]: ...
+
+    def stats(self) -> RouterStats: ...
 
     def alive(self) -> bool:
         """The router's own loop beats."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Epoch, Role, WorkerId
@@ -48,8 +48,20 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CutSettings:
+    """What the workers of one role may do differently from others: their ranks, and their blocks' size (None: no)."""
+
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    block_size: int | None = None
+
+    def of(self, engine: EngineSettings) -> EngineSettings:
+        """This engine, cut."""
+        return replace(engine, parallel=self.parallel, block_size=self.block_size or engine.block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSettings:
-    """`kv_tokens` None means a share of the machine's free memory."""
+    """`kv_tokens` is for a worker with all its data-parallel ranks; None means a share of the machine's free memory."""
 
     kv_tokens: int | None = None
     eviction: str = "lru"
@@ -58,7 +70,7 @@ class CacheSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSettings:
-    """Bounds of one step (see policy.batching.BatchLimits).
+    """Bounds of one step, on each data-parallel rank (see policy.batching.BatchLimits).
 
     Raises ConfigError unless sequences that decode leave room for a prompt in every step."""
 
@@ -74,7 +86,8 @@ class BatchSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuSettings:
-    """Cores this worker is pinned to (empty: not pinned), and its threads inside an operation."""
+    """Cores this worker is pinned to with all its ranks (empty: not pinned), and each rank's threads inside an
+    operation."""
 
     cores: tuple[int, ...] = ()
     threads: int = 1
@@ -85,7 +98,7 @@ class WorkerSettings:
     """`router` is the address to join, `key` the fleet's secret, `run_dir` where sockets live.
 
     `data_host` is this machine's address for pages that come over TCP, encrypted with `tls`; None means the
-    address from which it reaches the router.
+    address from which it reaches the router. `grace` is how long (s) it may take to leave once it is told to.
     """
 
     worker_id: WorkerId
@@ -101,4 +114,5 @@ class WorkerSettings:
     cache: CacheSettings = field(default_factory=CacheSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     cpu: CpuSettings = field(default_factory=CpuSettings)
+    grace: float = 30.0
     journal: str | None = None  # file for a JSONL record of events and actions

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 class Timeline:
     """Timestamps in seconds of one monotonic clock (the router's); None until they happen.
 
-    `queue_seconds` and `prefill_seconds` are durations measured by the worker that prefilled, since
-    clocks of two machines cannot be compared. `split` says that another worker decodes.
+    `queue_seconds` (the router's queue and the worker's) and `prefill_seconds` are durations; the worker that
+    prefilled measures its own, since clocks of two machines cannot be compared. `split` says that another
+    worker decodes.
     """
 
     arrived: float
@@ -34,6 +35,11 @@ class Timeline:
         elif self.second_token is None:
             self.second_token = now
         self.token_times.append(now)
+
+    @property
+    def queued(self) -> float:
+        """Seconds between arrival and dispatch; 0 until that."""
+        return 0.0 if self.dispatched is None else self.dispatched - self.arrived
 
     @property
     def ttft(self) -> float | None:

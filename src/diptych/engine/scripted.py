@@ -1,9 +1,14 @@
 """An engine without a model: its tokens follow from the KV bytes that it reads, so wrong KV gives wrong tokens.
 
-Each computed position writes, into every layer's K and V slot, 8 bytes that depend on its token, its
-position and the layer. The next token is a hash of all those bytes of the whole log, read back through
-the block table at every step. A page that is missing, stale, foreign or corrupt therefore changes the
-answer, and `expected_tokens` says, knowing nothing of pages, what the right answer is.
+Each computed position writes, into every layer's K and V slots, 8 bytes that depend on its token, its
+position and the layer, and that its heads share among them. The next token is a hash of all those bytes of
+the whole log, read back through the block table at every step. A page that is missing, stale, foreign or
+corrupt therefore changes the answer, and `expected_tokens` says, knowing nothing of pages, what the right
+answer is.
+
+A model may be cut into ranks, each with a memory of its own. The bytes of a (layer, head, position) do not
+depend on the cut, and all ranks are read, those that hold the same heads as well: so wrong re-sharding
+changes the answer, too.
 
 Standard library only. It computes nothing worth waiting for; how long a step of a real model would take
 is told by `step_seconds`, and spent only if a `sleep` is handed in.
@@ -15,7 +20,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
@@ -24,12 +29,18 @@ from diptych.core.ports import AllocateKV, OnLayer
 from diptych.core.request import Request, SampledToken, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence
 from diptych.core.sequence import Sequence as TokenSequence
+from diptych.core.settings import ParallelSettings
 from diptych.policy.stopping import finish_reason
 
-ENTRY_BYTES = 8  # of one position in one layer, for K and for V each: one head of 8 numbers of uint8
+ENTRY_BYTES = 8  # of one position in one layer, for K and for V each: all heads together
+HEAD_FORMATS = {1: "Q", 2: "I", 4: "H", 8: "B"}  # number of heads -> struct format of one head's share
+PLANES = 2  # K and V
 EOS_TOKEN_ID = 0
 PRINTABLE = range(32, 127)
 GREEDY = SamplingParams(temperature=0.0)
+
+# By K and V and head: of each rank that holds it, equal ones once. So there is one of each if all is well.
+LayerChecksums = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,18 +48,21 @@ class ScriptedModel:
     """What is played.
 
     Tokens are bytes; the outputs are printable ASCII (ids 32 to 126), and one in `eos_every` is the
-    end-of-sequence token (id 0; never if `eos_every` is 0).
+    end-of-sequence token (id 0; never if `eos_every` is 0). `num_kv_heads` is a key of HEAD_FORMATS. The
+    right answer depends on neither `block_size` nor `parallel`, and so they are no part of the model's digest.
     """
 
     name: str = "scripted"
     max_model_len: int = 4096
     block_size: int = 16
     num_layers: int = 2
+    num_kv_heads: int = 2
     eos_every: int = 0
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     @property
     def info(self) -> ModelInfo:
-        identity = f"{self.name} {self.max_model_len} {self.num_layers} {self.eos_every}"
+        identity = f"{self.name} {self.max_model_len} {self.num_layers} {self.num_kv_heads} {self.eos_every}"
         return ModelInfo(
             name=self.name,
             digest=hashlib.blake2b(identity.encode(), digest_size=8).hexdigest(),
@@ -59,12 +73,17 @@ class ScriptedModel:
 
     @property
     def layout(self) -> KVLayout:
+        """Raises ValueError if the model cannot be cut like that."""
         return KVLayout(
             num_layers=self.num_layers,
-            num_kv_heads=1,
-            head_dim=ENTRY_BYTES,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=ENTRY_BYTES // self.num_kv_heads,
             dtype="uint8",
             block_size=self.block_size,
+            tensor_parallel=self.parallel.tensor,
+            pipeline_parallel=self.parallel.pipeline,
+            data_parallel=self.parallel.data,
+            expert_parallel=self.parallel.expert,
         )
 
 
@@ -100,7 +119,7 @@ class ScriptedEngine:
         self._script = model or ScriptedModel()
         self._cost = cost or StepCost()
         self._sleep = sleep
-        self._kv: KVMemory | None = None
+        self._memories: tuple[KVMemory, ...] = ()
         self.model = self._script.info
         self.layout = self._script.layout
 
@@ -109,36 +128,43 @@ class ScriptedEngine:
         return self._cost.seconds(batch)
 
     def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> tuple[KVMemory, ...]:
-        layout = self._script.layout
-        self._kv = KVMemory(layout, num_blocks, allocate(layout.num_layers * num_blocks * layout.block_bytes).buffer)
-        return (self._kv,)
+        layout = self.layout
+        sizes = [len(layout.layers_of(rank)) * num_blocks * layout.block_bytes for rank in range(layout.world_size)]
+        self._memories = tuple(
+            KVMemory(layout, num_blocks, allocate(size).buffer, rank) for rank, size in enumerate(sizes)
+        )
+        return self._memories
 
     def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
         """As the port says. Raises ServingError without KV cache or if a block table is too short."""
-        kv = self._kv
-        if kv is None:
+        if not self._memories:
             raise ServingError("the engine has no KV cache: allocate_kv comes before the first step")
         for row in batch.rows:
-            if len(row.sequence.block_table) * kv.layout.block_size < row.end:
+            if len(row.sequence.block_table) * self.layout.block_size < row.end:
                 raise ServingError(f"request {row.sequence.request_id} has no block for position {row.end - 1}")
-        for layer in range(kv.layout.num_layers):
+        for layer in range(self.layout.num_layers):
             for row in batch.rows:
-                _write(kv, layer, row)
+                _write(self._ranks(row, layer), layer, row)
             if self._sleep is not None:
-                self._sleep(self.step_seconds(batch) / kv.layout.num_layers)
+                self._sleep(self.step_seconds(batch) / self.layout.num_layers)
             if on_layer is not None:
                 on_layer(layer)
-        return [self._sample(kv, row) if row.samples else None for row in batch.rows]
+        return [self._sample(row) if row.samples else None for row in batch.rows]
 
     def forget(self, request_id: str) -> None:
         """Nothing is remembered beyond the log."""
 
     def close(self) -> None:
         """Let go of the KV memory, which may be mapped by whoever allocated it."""
-        self._kv = None
+        self._memories = ()
 
-    def _sample(self, kv: KVMemory, row: ScheduledSequence) -> SampledToken:
-        checksums = [_read(kv, layer, row) for layer in range(kv.layout.num_layers)]
+    def _ranks(self, row: ScheduledSequence, layer: int) -> tuple[KVMemory, ...]:
+        """The memories that hold a layer of this row's sequence."""
+        first = self.layout.rank(row.sequence.data_rank, self.layout.stage_of(layer), 0)
+        return self._memories[first : first + self.layout.tensor_parallel]
+
+    def _sample(self, row: ScheduledSequence) -> SampledToken:
+        checksums = [_read(self._ranks(row, layer), layer, row) for layer in range(self.layout.num_layers)]
         sampling, num_outputs = row.sequence.request.sampling, row.sequence.num_output_tokens
         return _choose(checksums, sampling, num_outputs, self._script.eos_every)
 
@@ -157,66 +183,88 @@ def expected_tokens(
         sampling=replace(sampling, max_tokens=num_tokens),
     )
     sequence = TokenSequence.from_log(request)
-    keys, values = [0] * model.num_layers, [0] * model.num_layers
+    kept = [[0] * (PLANES * model.num_kv_heads) for _ in range(model.num_layers)]
     position = 0
     while finish_reason(sequence, (EOS_TOKEN_ID,)) is None:
         fresh = sequence.token_ids[position:]
-        for layer in range(model.num_layers):
-            keys[layer] = zlib.crc32(_entries(fresh, position, layer, is_value=False), keys[layer])
-            values[layer] = zlib.crc32(_entries(fresh, position, layer, is_value=True), values[layer])
+        for layer, checksums in enumerate(kept):
+            entries = _entries(fresh, position, layer, model.num_kv_heads)
+            checksums[:] = map(zlib.crc32, entries, checksums)
         position += len(fresh)
-        checksums = list(zip(keys, values, strict=True))
-        token = _choose(checksums, sampling, sequence.num_output_tokens, model.eos_every)
+        read = [tuple((checksum,) for checksum in checksums) for checksums in kept]
+        token = _choose(read, sampling, sequence.num_output_tokens, model.eos_every)
         sequence.token_ids.append(token.token_id)
     return sequence.output_token_ids
 
 
-def _entries(token_ids: Sequence[int], first_position: int, layer: int, *, is_value: bool) -> bytes:
-    """K or V of consecutive positions in one layer: ENTRY_BYTES each, the multiples of odd 64-bit constants."""
-    place = (2 * layer + is_value + 1) * 0x9E3779B97F4A7C15 + first_position * 0xC2B2AE3D27D4EB4F
-    words = [
-        ((token + 1) * 0xD6E8FEB86659FD93 + index * 0xC2B2AE3D27D4EB4F + place) & 0xFFFFFFFFFFFFFFFF
-        for index, token in enumerate(token_ids)
-    ]
-    return struct.pack(f"<{len(words)}Q", *words)
+def _entries(token_ids: Sequence[int], first_position: int, layer: int, num_heads: int) -> list[bytes]:
+    """The vectors of consecutive positions in one layer: K by head, then V by head.
+
+    K (and V) of a position are the ENTRY_BYTES of a sum of multiples of odd 64-bit constants, cut by head."""
+    found: list[bytes] = []
+    for plane in range(PLANES):
+        place = (PLANES * layer + plane + 1) * 0x9E3779B97F4A7C15 + first_position * 0xC2B2AE3D27D4EB4F
+        words = [
+            ((token + 1) * 0xD6E8FEB86659FD93 + index * 0xC2B2AE3D27D4EB4F + place) & 0xFFFFFFFFFFFFFFFF
+            for index, token in enumerate(token_ids)
+        ]
+        shares = memoryview(struct.pack(f"<{len(words)}Q", *words)).cast(HEAD_FORMATS[num_heads])
+        found += [shares[head::num_heads].tobytes() for head in range(num_heads)]
+    return found
 
 
-def _slots(kv: KVMemory, row: ScheduledSequence, start: int) -> Iterator[tuple[int, int, int, int]]:
-    """For each block that holds positions of [start, row.end): the byte offsets within a layer of
-    their first K and first V entry, the number of bytes of either, and the first of the positions."""
-    block_size = kv.layout.block_size
+def _spans(layout: KVLayout, row: ScheduledSequence, start: int) -> list[tuple[int, int]]:
+    """For each block that holds positions of [start, row.end): the byte offset of the first one's first vector
+    within a layer, and the bytes of one head's vectors."""
+    spans: list[tuple[int, int]] = []
     while start < row.end:
-        index, slot = divmod(start, block_size)
-        end = min(row.end, (index + 1) * block_size)
-        key = row.sequence.block_table[index] * kv.layout.block_bytes + slot * ENTRY_BYTES
-        yield key, key + block_size * ENTRY_BYTES, (end - start) * ENTRY_BYTES, start
+        index, slot = divmod(start, layout.block_size)
+        end = min(row.end, (index + 1) * layout.block_size)
+        first = row.sequence.block_table[index] * layout.block_bytes + layout.offset(0, 0, slot)
+        spans.append((first, (end - start) * layout.vector_bytes))
         start = end
+    return spans
 
 
-def _write(kv: KVMemory, layer: int, row: ScheduledSequence) -> None:
+def _parts(memory: KVMemory) -> Iterator[tuple[int, int]]:
+    """For each K and V of each head of a rank: its number among all of the model's, and its offset in a block."""
+    layout = memory.layout
+    for plane in range(PLANES):
+        for place, head in enumerate(layout.heads_of(memory.rank)):
+            yield plane * layout.heads + head, layout.offset(plane, place)
+
+
+def _write(memories: Sequence[KVMemory], layer: int, row: ScheduledSequence) -> None:
     """Compute the KV of a row's positions in one layer."""
-    memory = kv.layer(layer)
-    token_ids = row.sequence.token_ids[row.start : row.end]
-    keys = _entries(token_ids, row.start, layer, is_value=False)
-    values = _entries(token_ids, row.start, layer, is_value=True)
-    for key, value, size, position in _slots(kv, row, row.start):
-        source = (position - row.start) * ENTRY_BYTES
-        memory[key : key + size] = keys[source : source + size]
-        memory[value : value + size] = values[source : source + size]
+    layout = memories[0].layout
+    entries = _entries(row.sequence.token_ids[row.start : row.end], row.start, layer, layout.heads)
+    spans = _spans(layout, row, row.start)
+    for memory in memories:
+        pages = memory.layer(layer)
+        for number, base in _parts(memory):
+            done = 0
+            for first, size in spans:
+                pages[base + first : base + first + size] = entries[number][done : done + size]
+                done += size
 
 
-def _read(kv: KVMemory, layer: int, row: ScheduledSequence) -> tuple[int, int]:
-    """Checksums over all K and all V of the row's whole context in one layer."""
-    memory = kv.layer(layer)
-    keys = values = 0
-    for key, value, size, _ in _slots(kv, row, 0):
-        keys = zlib.crc32(memory[key : key + size], keys)
-        values = zlib.crc32(memory[value : value + size], values)
-    return keys, values
+def _read(memories: Sequence[KVMemory], layer: int, row: ScheduledSequence) -> LayerChecksums:
+    """Checksums over the row's whole context in one layer."""
+    layout = memories[0].layout
+    found: list[set[int]] = [set() for _ in range(PLANES * layout.heads)]
+    spans = _spans(layout, row, 0)
+    for memory in memories:
+        pages = memory.layer(layer)
+        for number, base in _parts(memory):
+            checksum = 0
+            for first, size in spans:
+                checksum = zlib.crc32(pages[base + first : base + first + size], checksum)
+            found[number].add(checksum)
+    return tuple(tuple(sorted(checksums)) for checksums in found)
 
 
 def _choose(
-    checksums: Sequence[tuple[int, int]], sampling: SamplingParams, num_outputs: int, eos_every: int
+    checksums: Sequence[LayerChecksums], sampling: SamplingParams, num_outputs: int, eos_every: int
 ) -> SampledToken:
     """The token that the KV (its checksums by layer) and the sampling parameters lead to."""
     draw = (sampling.seed, num_outputs) if sampling.temperature > 0 else ()

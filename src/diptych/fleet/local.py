@@ -17,6 +17,7 @@ import msgspec
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import WorkerId
 from diptych.core.settings import WorkerSettings
+from diptych.engine.threads import thread_environment
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class LocalFleet:
         self._processes: dict[WorkerId, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._started: set[WorkerId] = set()
+        self._registered: dict[WorkerId, asyncio.Event] = {}
+        self._restarts: asyncio.Task[None] | None = None
         self._stopping = False
         self.failed: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
 
@@ -44,19 +47,39 @@ class LocalFleet:
     def confirm_started(self, worker_id: WorkerId) -> None:
         """The worker has registered: from now on its death is an accident and not a wrong flag."""
         self._started.add(worker_id)
+        self._registered.setdefault(worker_id, asyncio.Event()).set()
+
+    def restart_each(self) -> None:
+        """Restart all workers, one after another: each leaves in good order, and the next one waits until it has
+        registered again. Does nothing while that is under way already."""
+        if self._restarts is None or self._restarts.done():
+            self._restarts = asyncio.create_task(self._restart_each())
+
+    async def _restart_each(self) -> None:
+        for worker_id in self._settings:
+            log.warning("restarting worker %s", worker_id)
+            registered = self._registered[worker_id] = asyncio.Event()
+            self._signal(worker_id, signal.SIGTERM)
+            await registered.wait()
+        log.warning("all workers have been restarted")
 
     def kill(self, worker_id: WorkerId) -> None:
         """End a worker that has fallen silent, so that it can be restarted and its memory is sure to be its own."""
+        self._signal(worker_id, signal.SIGKILL)
+
+    def _signal(self, worker_id: WorkerId, signum: signal.Signals) -> None:
         process = self._processes.get(worker_id)
         if process is not None and process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signum)
 
     async def stop(self) -> None:
         """End every process: ask, then insist."""
         self._stopping = True
-        for process in self._processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+        if self._restarts is not None:
+            self._restarts.cancel()
+        for worker_id in self._processes:
+            self._signal(worker_id, signal.SIGTERM)
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=GRACE)
             for worker_id in self._processes:
@@ -75,9 +98,10 @@ class LocalFleet:
             if worker_id not in self._started:
                 self._give_up(worker_id, code)
                 return
-            backoff = FIRST_BACKOFF if clock() - started > HEALTHY_AFTER else min(2 * backoff, LONGEST_BACKOFF)
-            log.warning("worker %s ended (%s); restarting it in %.2f s", worker_id, _how(code), backoff)
-            await asyncio.sleep(backoff)
+            if code != 0:  # 0: it has left in good order
+                backoff = FIRST_BACKOFF if clock() - started > HEALTHY_AFTER else min(2 * backoff, LONGEST_BACKOFF)
+                log.warning("worker %s ended (%s); restarting it in %.2f s", worker_id, _how(code), backoff)
+                await asyncio.sleep(backoff)
             settings = self._settings[worker_id]
             self._settings[worker_id] = replace(settings, epoch=settings.epoch + 1)
 
@@ -108,11 +132,6 @@ class LocalFleet:
 
     def _log_path(self, worker_id: WorkerId) -> Path:
         return Path(self._settings[worker_id].run_dir) / f"{worker_id}.log"
-
-
-def thread_environment(threads: int) -> dict[str, str]:
-    """Must be in place before torch is loaded: waiting threads sleep instead of spinning."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 
 def _how(code: int) -> str:

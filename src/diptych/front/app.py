@@ -43,7 +43,7 @@ def create_app(dispatcher: Dispatcher, codec: TextCodec, settings: FrontSettings
 
     Every answer has `x-request-id`; every error has OpenAI's shape.
     """
-    metrics = ServerMetrics(dispatcher.workers)
+    metrics = ServerMetrics(dispatcher.workers, dispatcher.stats)
     encoder = PromptEncoder(codec, dispatcher.model.max_model_len)
     builder = RequestBuilder(encoder, dispatcher.model, settings)
     generate = GenerationRoutes(dispatcher, codec, builder, settings, metrics)
@@ -72,7 +72,7 @@ def create_app(dispatcher: Dispatcher, codec: TextCodec, settings: FrontSettings
         ],
         middleware=[
             Middleware(RequestIds),
-            Middleware(ApiKeys, keys=settings.api_keys, protected=PROTECTED),
+            Middleware(ApiKeys, keys=settings.keys, protected=PROTECTED),
         ],
         exception_handlers={
             DiptychError: on_diptych_error,
@@ -176,6 +176,7 @@ def describe_worker(worker: WorkerView) -> dict[str, Any]:
         "state": worker.state,
         "pid": worker.pid,
         "epoch": worker.epoch,
+        "cut": worker.cut,
         "kv_blocks_total": worker.num_blocks,
         "kv_blocks_used": worker.stats.blocks_used,
         "kv_blocks_cached": worker.stats.blocks_cached,

@@ -6,62 +6,39 @@ The variables, filters and extensions are those that `transformers` gives to tem
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from diptych.core.errors import CheckpointError, RequestError
+from diptych.front.template_sandbox import BoundedEnvironment, render_bounded
+
+MAX_SOURCE_CHARS = 1 << 20
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 ChatMessages = Sequence[Mapping[str, str]]
-
-
-class GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's words for training; when serving, it means nothing."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
 
 
 class ChatTemplate:
     """One compiled template and the special tokens that it may name (`bos_token`, ...)."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        if len(source) > MAX_SOURCE_CHARS:
+            raise CheckpointError(f"the chat template has {len(source)} characters, more than {MAX_SOURCE_CHARS}")
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = BoundedEnvironment().from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens or {})
 
@@ -75,13 +52,14 @@ class ChatTemplate:
         """The prompt's text, special tokens written out.
 
         Raises:
-            RequestError: the template refuses these messages (say, roles that do not alternate).
+            RequestError: the template refuses these messages (say, roles that do not alternate), or its work on
+                them exceeds the bounds.
         """
         context = self._special_tokens | {"tools": None, "documents": None} | variables
         context |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(context)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            return render_bounded(self._template, context)
+        except TEMPLATE_ERRORS as error:
             raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from error
 
 

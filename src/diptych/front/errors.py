@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -23,20 +24,30 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 
 
 INTERNAL_ERROR = DiptychError("internal error")
+TIMED_OUT = "_timeout"  # what codes of deadlines of ours end with
+QUEUE_TIMEOUT = "queue_timeout"  # nobody had room: 503
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
+def status_of(error: DiptychError) -> int:
+    """The HTTP status. A deadline that passed on our side is 504 (one that the client missed is 408 by itself)."""
+    timed_out = error.status >= 500 and error.code.endswith(TIMED_OUT) and error.code != QUEUE_TIMEOUT
+    return HTTPStatus.GATEWAY_TIMEOUT if timed_out else error.status
+
+
 def error_body(error: DiptychError) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`, for a body or an event of a stream."""
-    kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    status = status_of(error)
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = error.param if isinstance(error, RequestError) else None
     return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
 
 
-def error_response(error: DiptychError) -> Response:
+def error_headers(error: DiptychError) -> dict[str, str]:
+    """When to come back, how to come in, and whether the connection ends."""
     headers = {}
     if isinstance(error, OverloadedError):
         # retry-after counts whole seconds; OpenAI's clients prefer the finer one.
@@ -46,7 +57,12 @@ def error_response(error: DiptychError) -> Response:
         headers["www-authenticate"] = "Bearer"
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not going to be read
-    return json_response(error_body(error), error.status, headers)
+    return headers
+
+
+def error_response(error: DiptychError) -> Response:
+    headers = error_headers(error)
+    return json_response(error_body(error), status_of(error), headers)
 
 
 async def on_diptych_error(request: HttpRequest, error: Exception) -> Response:

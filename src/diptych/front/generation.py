@@ -70,11 +70,12 @@ class Generation:
             stream.cancel()
 
     def headers(self) -> dict[str, str]:
-        """What is known of route and time, at this moment."""
-        names = ", ".join(stream.route.header() for stream in self._streams)
+        """What is known of route and time, at this moment; a choice that waits for its turn has no route."""
+        routes = (stream.route for stream in self._streams)
+        names = ", ".join(route.header() for route in routes if route is not None)
         phases = self._streams[0].timeline.server_timing()
         timing = ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in phases.items())
-        headers = {"x-diptych-route": names}
+        headers = {"x-diptych-route": names} if names else {}
         if timing:
             headers["server-timing"] = timing
         if self.request.ignored:

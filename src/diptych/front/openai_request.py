@@ -24,6 +24,7 @@ from diptych.front.schema import (
     unsupported,
 )
 from diptych.front.settings import FrontSettings
+from diptych.front.tenants import NOBODY, Tenant
 from diptych.front.text_checks import check_text
 
 MAX_CHOICES = 128  # of one request, over all of its prompts
@@ -68,10 +69,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """What the headers say: the wish about splitting, and the caller's prefix-cache namespace."""
+    """What the headers say: whose request it is, the wish about splitting, the seconds it may take, and after how many
+    tokens its KV is copied and how many workers prefill it (None: as the deployment does)."""
 
+    tenant: Tenant = NOBODY
     prefer: Preference = Preference.AUTO
-    cache_salt: str = ""
+    timeout: float | None = None
+    checkpoint_tokens: int | None = None
+    race: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,10 @@ class RequestBuilder:
         chat = isinstance(body, ChatBody)
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
+        cache_salt = _cache_salt(caller.tenant, body.cache_salt)
+        every, default = caller.checkpoint_tokens, self._settings
+        checkpoint_tokens = default.checkpoint_tokens if every is None else every
+        race = default.race if caller.race is None else caller.race
         requests: list[Request] = []
         for prompt in prompts:
             max_tokens = max_tokens_for(body, len(prompt), self._model.max_model_len)
@@ -167,7 +176,12 @@ class RequestBuilder:
                         prompt_token_ids=prompt,
                         sampling=sampling,
                         prefer=caller.prefer,
-                        cache_salt=caller.cache_salt,
+                        cache_salt=cache_salt,
+                        tenant=caller.tenant.name,
+                        priority=body.priority or 0,
+                        timeout=caller.timeout,
+                        checkpoint_tokens=checkpoint_tokens,
+                        race=race,
                     )
                 )
         options = body.stream_options or StreamOptions()
@@ -186,6 +200,14 @@ class RequestBuilder:
             return_token_ids=bool(body.return_token_ids),
             ignored=checked.ignored,
         )
+
+
+def _cache_salt(tenant: Tenant, own: str | None) -> str:
+    """A client may divide its tenant's namespace further, and cannot leave it: no tenant's name has a slash."""
+    if own is None:
+        return tenant.cache_salt
+    check_text(own, "cache_salt")
+    return f"{tenant.cache_salt}/{own}"
 
 
 def check_model(name: str, settings: FrontSettings) -> None:

@@ -18,6 +18,7 @@ from diptych.front.json_body import printable
 MAX_FIELDS = 128
 MAX_N = 16
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 8
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1)]
@@ -58,6 +59,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
     return_token_ids: bool | None = None
     user: str | None = None
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
 
 
 class ContentPart(msgspec.Struct):

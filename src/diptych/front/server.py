@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,10 +13,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from diptych.core.errors import ConfigError
-from diptych.front.http_protocol import BoundedHttpProtocol
+from diptych.front.http_protocol import MAX_REFUSING, BoundedHttpProtocol, ConnectionLimits
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
+RESERVED_FILES = 64 + MAX_REFUSING  # of the process: workers' channels, journals, libraries, refusals
+MIN_CONNECTIONS = 64
 
 
 class HttpServer(uvicorn.Server):
@@ -29,13 +33,16 @@ class HttpServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(app: ASGIApp, sock: socket.socket, grace_seconds: float = 5.0) -> AsyncIterator[HttpServer]:
+async def serve(
+    app: ASGIApp, sock: socket.socket, grace_seconds: float = 5.0, limits: ConnectionLimits | None = None
+) -> AsyncIterator[HttpServer]:
     """Serve `app` on a socket from `bind` while the context lasts; inside it, connections are accepted at
     `server.url`. Running answers may go on for `grace_seconds` after its end."""
+    limits = limits or ConnectionLimits()
     host, port = sock.getsockname()[:2]
     config = uvicorn.Config(
         app,
-        http=BoundedHttpProtocol,
+        http=functools.partial(BoundedHttpProtocol, limits=limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,
@@ -54,6 +61,23 @@ async def serve(app: ASGIApp, sock: socket.socket, grace_seconds: float = 5.0) -
         yield server
     finally:
         await server.shutdown(sockets=[sock])
+
+
+def connection_limits(wanted: int = ConnectionLimits.max_connections) -> ConnectionLimits:
+    """As many connections as are `wanted` and as this process may have files open; the soft limit on those is
+    raised as far as it goes. So `accept` never runs out of descriptors.
+
+    Raises ConfigError if that leaves too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVED_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != resource.RLIM_INFINITY and soft < MIN_CONNECTIONS + RESERVED_FILES:
+        at_least = MIN_CONNECTIONS + RESERVED_FILES
+        raise ConfigError(f"only {soft} files may be open, a server needs {at_least} at least: raise `ulimit -n`")
+    affordable = wanted if soft == resource.RLIM_INFINITY else soft - RESERVED_FILES
+    return ConnectionLimits(max_connections=min(wanted, affordable))
 
 
 def bind(host: str, port: int) -> socket.socket:

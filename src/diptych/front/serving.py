@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
-from diptych.core.errors import DiptychError, OverloadedError, RequestError
+from diptych.core.errors import DiptychError, RequestError
 from diptych.core.ports import Dispatcher
 from diptych.core.request import Preference
 from diptych.front.answers import ChatAnswer, CompletionAnswer
 from diptych.front.choice import Delta
-from diptych.front.disconnect import ClientGone, while_connected
-from diptych.front.errors import INTERNAL_ERROR, error_body, json_response
+from diptych.front.disconnect import while_connected
+from diptych.front.errors import json_response
+from diptych.front.event_stream import EventStream, outcome_of
 from diptych.front.generation import Generation
 from diptych.front.json_body import printable, read_json_object
 from diptych.front.openai_request import Caller, GenerationRequest, RequestBuilder
-from diptych.front.settings import FrontSettings
+from diptych.front.settings import MAX_RACE, MIN_CHECKPOINT_TOKENS, FrontSettings
+from diptych.front.tenants import NOBODY, Tenant
 from diptych.front.tokenizer import TextCodec
 from diptych.telemetry.prometheus import ServerMetrics
 
-log = logging.getLogger(__name__)
-
+TIMEOUT_HEADER = "x-request-timeout-ms"
+RACE_HEADER = "x-diptych-race"
+CHECKPOINT_HEADER = "x-diptych-checkpoint"
+MAX_HEADER_DIGITS = 10  # of milliseconds: four months
 PREFERENCES = {"split": Preference.SPLIT, "local": Preference.LOCAL}
 
 
@@ -60,10 +60,14 @@ class GenerationRoutes:
         self, http: HttpRequest, build: Callable[[dict[str, Any], Caller], Awaitable[GenerationRequest]]
     ) -> Response:
         try:
-            request = await build(await read_json_object(http, self._settings), _caller(http))
+            caller = caller_of(http)
+            self._dispatcher.check(caller.tenant.name)  # nothing is read in vain
+            request = await build(await read_json_object(http, self._settings), caller)
             generation = Generation(request, self._dispatcher, self._codec)
         except BaseException as error:
             self._metrics.request_ended(outcome_of(error))
+            if isinstance(error, DiptychError):
+                self._metrics.refused(error.code)
             raise
         self._metrics.in_flight.inc()
         work = self._begin_stream if request.stream else self._whole
@@ -80,109 +84,76 @@ class GenerationRoutes:
         return json_response(answer, headers=generation.headers())
 
     async def _begin_stream(self, generation: Generation, receive: Receive) -> Response:
-        """Send nothing before the first tokens, so that what fails until then keeps its status code."""
-        head = await while_connected(receive, generation.start())
+        """Send nothing before the first tokens, so that what fails until then keeps its status code; unless that
+        takes so long that a sign of life is due."""
+        starting = asyncio.create_task(generation.start())
+        try:
+            await while_connected(receive, self._wait_for(starting))
+        except BaseException:
+            starting.cancel()
+            raise
         writer = writer_for(generation.request, self._codec)
-        return EventStream(generation, writer, head, self._settings.write_timeout, self._end)
+        return EventStream(generation, writer, starting, self._settings, self._end)
+
+    async def _wait_for(self, starting: asyncio.Task[list[Delta]]) -> None:
+        """Until the first tokens are there, but not for too long. Raises what they raise."""
+        done, _ = await asyncio.wait({starting}, timeout=self._settings.keep_alive_seconds)
+        if done:
+            starting.result()
 
     def _end(self, generation: Generation, outcome: str) -> None:
         generation.cancel()
         self._metrics.in_flight.dec()
         self._metrics.request_ended(outcome)
+        self._metrics.tenant_request(generation.request.requests[0].tenant)
         self._metrics.tokens(generation.num_prompt_tokens, generation.num_cached_tokens, generation.num_output_tokens)
         for timeline in generation.timelines():
             self._metrics.timeline(timeline)
-
-
-class EventStream(Response):
-    """Server-sent events (WHATWG HTML, "Server-sent events"), one per chunk, `[DONE]` last.
-
-    A failure in the middle becomes an event with `error` and the stream ends without `[DONE]`, so that no
-    client takes it for a complete answer.
-    """
-
-    def __init__(
-        self,
-        generation: Generation,
-        writer: ChatAnswer | CompletionAnswer,
-        head: Sequence[Delta],
-        write_timeout: float,
-        on_end: Callable[[Generation, str], None],
-    ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"} | generation.headers())
-        self.headers["content-type"] = "text/event-stream; charset=utf-8"
-        del self.headers["content-length"]
-        self._generation = generation
-        self._writer = writer
-        self._head = head
-        self._write_timeout = write_timeout
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outcome = "cancelled"
-        try:
-            with contextlib.suppress(ClientGone):
-                outcome = await while_connected(receive, self._run(send))
-        finally:
-            self._on_end(self._generation, outcome)
-
-    async def _run(self, send: Send) -> str:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        outcome = "completed"
-        try:
-            await self._write(send, [chunk for delta in self._head for chunk in self._chunks(delta)])
-            async for delta in self._generation.deltas():
-                await self._write(send, self._chunks(delta))
-            if self._generation.request.include_usage:
-                await self._write(send, [self._writer.usage_chunk(self._generation.usage())])
-            last = b"data: [DONE]\n\n"
-        except DiptychError as error:
-            log.error("%s failed in mid-stream: %s (%s)", self._generation.request.request_id, error, error.code)
-            last, outcome = _event(error_body(error)), outcome_of(error)
-        except ClientGone:
-            raise
-        except Exception:
-            log.exception("%s failed in mid-stream", self._generation.request.request_id)
-            last, outcome = _event(error_body(INTERNAL_ERROR)), "failed"
-        await send({"type": "http.response.body", "body": last, "more_body": False})
-        return outcome
-
-    def _chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        usage = self._generation.usage() if self._generation.request.continuous_usage else None
-        return self._writer.chunks(delta, usage)
-
-    async def _write(self, send: Send, chunks: Sequence[dict[str, Any]]) -> None:
-        """Raises ClientGone if the client does not read."""
-        if not chunks:
-            return
-        try:
-            async with asyncio.timeout(self._write_timeout):
-                await send({"type": "http.response.body", "body": b"".join(map(_event, chunks)), "more_body": True})
-        except TimeoutError:
-            raise ClientGone from None
 
 
 def writer_for(request: GenerationRequest, codec: TextCodec) -> ChatAnswer | CompletionAnswer:
     return ChatAnswer(request, codec) if request.chat else CompletionAnswer(request, codec)
 
 
-def outcome_of(error: BaseException) -> str:
-    """The name under which the metrics count a request that ended with this exception."""
-    if isinstance(error, OverloadedError):
-        return "overloaded"
-    if isinstance(error, RequestError):
-        return "refused"
-    return "cancelled" if isinstance(error, ClientGone | ClientDisconnect | asyncio.CancelledError) else "failed"
+def caller_of(http: HttpRequest) -> Caller:
+    """Raises RequestError for a header of ours that makes no sense."""
+    tenant: Tenant = http.scope.get("state", {}).get("tenant", NOBODY)
+    return Caller(
+        tenant=tenant,
+        prefer=_preference(http),
+        timeout=_timeout(http),
+        checkpoint_tokens=_checkpoint_tokens(http),
+        race=_number(http, RACE_HEADER, f"a number from 1 to {MAX_RACE}", lambda number: 1 <= number <= MAX_RACE),
+    )
 
 
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(content)
-
-
-def _caller(http: HttpRequest) -> Caller:
+def _preference(http: HttpRequest) -> Preference:
     name = http.headers.get("x-diptych-prefer")
-    if name is not None and name not in PREFERENCES:
+    if name is None:
+        return Preference.AUTO
+    if name not in PREFERENCES:
         message = f"x-diptych-prefer is split or local, not {printable(name)!r}"
         raise RequestError(message, param="x-diptych-prefer", code="invalid_value")
-    prefer = Preference.AUTO if name is None else PREFERENCES[name]
-    return Caller(prefer=prefer, cache_salt=http.scope.get("state", {}).get("tenant", ""))
+    return PREFERENCES[name]
+
+
+def _timeout(http: HttpRequest) -> float | None:
+    """Seconds that the client gives the whole answer."""
+    milliseconds = _number(http, TIMEOUT_HEADER, "a whole number of milliseconds above 0", lambda number: number > 0)
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _checkpoint_tokens(http: HttpRequest) -> int | None:
+    """After how many tokens the stream's KV is copied to another worker."""
+    meaning = f"a number of tokens, at least {MIN_CHECKPOINT_TOKENS}, or 0 for no copies"
+    return _number(http, CHECKPOINT_HEADER, meaning, lambda number: number == 0 or number >= MIN_CHECKPOINT_TOKENS)
+
+
+def _number(http: HttpRequest, header: str, meaning: str, accepts: Callable[[int], bool]) -> int | None:
+    """Of a header, if there. Raises RequestError if it is not what it is meant to be."""
+    text = http.headers.get(header)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_HEADER_DIGITS and accepts(int(text))):
+        raise RequestError(f"{header} is {meaning}, not {printable(text)!r}", param=header, code="invalid_value")
+    return int(text)

@@ -8,6 +8,8 @@ Everything goes by age, the order in which sequences came (first come, first ser
 
 * Decodes go first, so a long prompt never stalls a running stream; prompts share what is left of the
   token budget, oldest first. `max_sequences < max_batch_tokens` guarantees that something is left.
+* Up to half of that goes to prompts much shorter than what the oldest still lacks. So they need not wait until
+  a long one is done, which takes at most twice as long for it.
 * A waiting sequence gets blocks for its whole log at once. So a prefill, once begun, never stops for lack
   of blocks, and two half-computed prompts cannot block each other. Only decodes grow later.
 * It is admitted only if one block per running sequence stays free: they can all go on for a while without
@@ -24,6 +26,8 @@ from dataclasses import dataclass
 from diptych.core.blocks import BlockId, blocks_for, extend_block_hashes
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from diptych.policy.block_pool import BlockPool, OutOfBlocks
+
+SHORT = 4  # how many times shorter a prompt is that may share the steps of a longer, older one
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +82,15 @@ class Scheduler:
         return tuple(self._waiting)
 
     @property
+    def tokens_waiting(self) -> int:
+        """Of the logs that wait for blocks or for their turn."""
+        return sum(sequence.num_tokens for sequence in self._waiting)
+
+    @property
     def prefill_tokens_queued(self) -> int:
         """Known tokens without KV, not counting the one that each decoding sequence is behind."""
         behind = [sequence.num_uncomputed_tokens for sequence in self._running]
-        return sum(sequence.num_tokens for sequence in self._waiting) + sum(tokens for tokens in behind if tokens > 1)
+        return self.tokens_waiting + sum(tokens for tokens in behind if tokens > 1)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a log of `num_tokens` tokens fits into this worker at all."""
@@ -126,8 +135,13 @@ class Scheduler:
         taking_part = self._running[: self._limits.max_sequences]
         rows = [_share(sequence, 1) for sequence in taking_part if _decodes(sequence) and self._grow(sequence)]
         budget = self._limits.max_batch_tokens - len(rows)
-        for sequence in taking_part:
-            if budget > 0 and _prefills(sequence):
+        prompts = [sequence for sequence in taking_part if _prefills(sequence)]
+        short = self._schedule_short(prompts, budget)
+        rows += short
+        budget -= sum(row.num_tokens for row in short)
+        scheduled = {row.sequence for row in short}
+        for sequence in prompts:
+            if budget > 0 and sequence not in scheduled:
                 rows.append(_share(sequence, budget))
                 budget -= rows[-1].num_tokens
         while budget > 0 and len(self._running) < self._limits.max_sequences:
@@ -137,6 +151,25 @@ class Scheduler:
             rows.append(_share(admitted, budget))
             budget -= rows[-1].num_tokens
         return Batch(tuple(rows)) if rows else None
+
+    def _schedule_short(self, prompts: list[Sequence], budget: int) -> list[ScheduledSequence]:
+        """Shares of prompts that are short beside what the oldest one still lacks, those that come next in the queue
+        included. There are none if the oldest is finished with this step."""
+        if not prompts or prompts[0].num_uncomputed_tokens <= budget:
+            return []
+        limit, spare = prompts[0].num_uncomputed_tokens // SHORT, budget // 2
+        rows: list[ScheduledSequence] = []
+        for sequence in prompts[1:]:
+            if spare > 0 and sequence.num_uncomputed_tokens <= limit:
+                rows.append(_share(sequence, spare))
+                spare -= rows[-1].num_tokens
+        while spare > 0 and self._waiting and self._waiting[0].num_tokens <= limit:
+            admitted = self._admit_oldest() if len(self._running) < self._limits.max_sequences else None
+            if admitted is None:
+                break
+            rows.append(_share(admitted, spare))
+            spare -= rows[-1].num_tokens
+        return rows
 
     def complete(self, batch: Batch) -> None:
         """The step is done: its KV is in place, and blocks that it filled may be shared from now on."""

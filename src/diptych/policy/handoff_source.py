@@ -1,28 +1,32 @@
 """The source side's story: prefill a sequence for somebody else.
 
     1. open      a prefill request arrives with a ticket for blocks on the target
-    2. pushes    each scheduled share says which pages leave: cached ones at once, the share's own
+    2. pushes    each scheduled share says which tokens' KV leaves: cached ones' at once, the share's own
                  layer by layer while the step runs
     3. offer     the last share is computed; the first token closes the hand-off
     4. accepted  the target has verified everything; only now are the blocks given back
 
 Whatever goes wrong in between, the blocks stay until the sender has said that it is done reading.
+
+The two workers may be cut into ranks differently and have blocks of different sizes. What leaves are exactly
+the tokens that the target lacks, in pieces that end where a block ends on both sides (but for the last one).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from diptych.core.actions import AbandonPush, CloseHandoff, PushPages, SendFailure, WorkerAction
-from diptych.core.blocks import BlockId
-from diptych.core.kv_layout import KVLayout
+from diptych.core.blocks import BlockId, blocks_for
+from diptych.core.kv_layout import KVLayout, SequenceKV
 from diptych.core.request import SampledToken
 from diptych.core.sequence import ScheduledSequence, Sequence, SequenceStatus
 from diptych.core.ticket import TicketClaims
 from diptych.policy.batching import Scheduler
 from diptych.policy.block_pool import BlockPool
 from diptych.policy.handoff import Effect, Side, SourceEvent, SourceState, source_side
-from diptych.policy.resharding import plan_transfer
+from diptych.policy.resharding import incompatibilities, plan_resharding
 
 
 @dataclass(slots=True)
@@ -30,7 +34,7 @@ class _Source:
     sequence: Sequence
     claims: TicketClaims
     side: Side[SourceState, SourceEvent]
-    next_block: int  # logical index of the first page not yet pushed
+    next_token: int  # the first one whose KV is not yet pushed
     blocks: list[BlockId] | None = None  # held here once the scheduler has let go
 
 
@@ -53,16 +57,22 @@ class SourceHandoffs:
 
     def refusal(self, sequence: Sequence, claims: TicketClaims) -> str | None:
         """Why this ticket cannot be served, or None if it can."""
-        if claims.layout != self._layout:
-            return f"ticket is for KV layout {claims.layout}, this worker has {self._layout}"
+        if reasons := incompatibilities(self._layout, claims.layout):
+            return f"ticket is for another KV layout: {'; '.join(reasons)}"
         if claims.request_id != sequence.request_id or claims.num_tokens != sequence.num_tokens:
             return "ticket was granted for another request"
+        size, wanted = claims.layout.block_size, claims.num_tokens
+        if len(claims.blocks) != blocks_for(wanted, size) or not 0 <= claims.first_block * size < wanted:
+            return f"ticket names {len(claims.blocks)} blocks, from {claims.first_block} on, for {wanted} tokens"
+        if not 0 <= claims.data_rank < claims.layout.data_parallel:
+            return f"ticket is for data-parallel rank {claims.data_rank} of {claims.layout.data_parallel}"
         return None
 
     def open(self, sequence: Sequence, claims: TicketClaims) -> None:
         """Begin; the sequence is about to be scheduled."""
         sequence.pinned = True
-        self._open[sequence.request_id] = _Source(sequence, claims, source_side(), claims.first_block)
+        first_token = claims.first_block * claims.layout.block_size
+        self._open[sequence.request_id] = _Source(sequence, claims, source_side(), first_token)
         self._scheduler.add(sequence)
 
     def pushes(self, row: ScheduledSequence) -> tuple[PushPages | None, PushPages | None]:
@@ -70,24 +80,23 @@ class SourceHandoffs:
         source = self._open.get(row.sequence.request_id)
         if source is None:
             return None, None
-        block_size = self._layout.block_size
-        ready = self._push_up_to(source, row.start // block_size)
-        end = len(source.claims.blocks) if row.samples else row.end // block_size
+        whole = math.lcm(self._layout.block_size, source.claims.layout.block_size)
+        ready = self._push_up_to(source, row.start - row.start % whole)
+        end = row.end if row.samples else row.end - row.end % whole
         return ready, self._push_up_to(source, end)
 
     def _push_up_to(self, source: _Source, end: int) -> PushPages | None:
-        first = source.next_block
-        if end <= first:
+        tokens = range(source.next_token, end)
+        if not tokens:
             return None
-        source.next_block = end
-        plan = plan_transfer(
-            self._layout,
-            self._layout,
-            source.sequence.block_table[first:end],
-            source.claims.blocks[first:end],
-            first_block=first,
+        source.next_token = end
+        sequence, claims = source.sequence, source.claims
+        plan = plan_resharding(
+            SequenceKV(self._layout, sequence.block_table, data_rank=sequence.data_rank),
+            SequenceKV(claims.layout, claims.blocks, data_rank=claims.data_rank),
+            tokens,
         )
-        return PushPages(source.sequence.request_id, source.claims, plan)
+        return PushPages(sequence.request_id, claims, plan)
 
     def offer(self, request_id: str, token: SampledToken) -> list[WorkerAction]:
         """The prompt is computed and `token` sampled: close the hand-off and leave the batch."""

@@ -49,6 +49,11 @@ class TargetHandoffs:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def tokens_waiting(self) -> int:
+        """Of the logs that wait for room."""
+        return sum(sequence.num_tokens for sequence in self._waiting)
+
     def blocks_held(self) -> dict[str, list[BlockId]]:
         """Blocks referenced by hand-offs alone, by request (for the integrity check)."""
         return {request_id: target.sequence.block_table for request_id, target in self._open.items()}
@@ -106,6 +111,7 @@ class TargetHandoffs:
             first_block=len(cached),
             num_tokens=sequence.num_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
+            data_rank=sequence.data_rank,
         )
 
     def overdue(self, now: float) -> list[str]:

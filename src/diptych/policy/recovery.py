@@ -1,21 +1,39 @@
-"""What becomes of a request whose worker or hand-off failed: continue its log somewhere else.
+"""What becomes of a request whose worker or hand-off failed: its log is continued somewhere else.
 
-The log (prompt and tokens so far) is all that a worker needs, so any failure that is not the request's
-own becomes "continue this log there". The client sees a pause and no other difference.
+The log (prompt and tokens so far) is all that a worker needs, so any failure that is not the request's own becomes
+"continue this log there, with whatever KV exists". Where "there" is follows from predicted seconds alone
+(`policy.routing`), and this is the ladder that comes out:
+
+    the prefill worker still has the prompt's KV    that worker again, and another one to decode
+    another pair, or one worker alone               prompt and tokens so far are prefilled once more
+    no decode worker (or no prefill worker) left    whoever is left does both
+    nobody left                                     wait in the router until somebody is back, or a deadline passes
+
+There is no number of attempts after which a request is given up: somebody who can serve it will. What bounds them is
+the budget and the waits of `policy.retry_budget`, the breakers of `policy.health`, the deadlines, and `POISON_CRASHES`.
 """
 
 from __future__ import annotations
 
-from diptych.core.fleet import WorkerId
-from diptych.core.request import Preference
+from dataclasses import dataclass, field
+from enum import Enum, auto
 
-MAX_ATTEMPTS = 4  # per request; somebody who fails four workers is perhaps to blame himself
+from diptych.policy.breaker import BreakerSettings
+from diptych.policy.deadlines import Deadlines
 
-SUSPECT_SECONDS = 30.0
+POISON = "poison_request"
 
-Pair = tuple[WorkerId, WorkerId]
+POISON_CRASHES = 3
+"""A request during which so many workers in a row died is perhaps what kills them. One crash short of it, it is on
+trial: only one such request runs at a time, so that the next crash cannot end those that were merely there, too."""
 
-LOST_WORKER = "worker_lost"
+SETTLE_SECONDS = 0.25
+"""Deaths of several workers at once are noticed one after the other, and a stream that is continued at once may be sent
+to a worker that is dead already. So a death this soon after that tells nothing about the request; the next attempt
+waits for longer (`retry_budget`)."""
+
+OWN_FAULTS = frozenset({"engine_corrupt", "kv_exhausted"})
+ENGINE_FAULTS = frozenset({"engine_failed", "serving_failed"})
 FAILED_HANDOFFS = frozenset(
     {
         "handoff_abandoned",
@@ -28,38 +46,28 @@ FAILED_HANDOFFS = frozenset(
 )
 
 
-class SuspectPairs:
-    """(prefill, decode) pairs whose hand-offs have failed: not to be used again for a while.
+class Fault(Enum):
+    """Whose fault it is that a stream failed on a worker."""
 
-    A pair, and not a worker: a bad link says nothing about its two ends with others.
-    """
-
-    def __init__(self, seconds: float = SUSPECT_SECONDS) -> None:
-        self._seconds = seconds
-        self._until: dict[Pair, float] = {}
-
-    def suspect(self, pair: Pair, now: float) -> None:
-        """A hand-off between these two has just failed."""
-        self._until[pair] = now + self._seconds
-
-    def forget(self, worker_id: WorkerId) -> None:
-        """The worker is gone; its next life has links of its own."""
-        self._until = {pair: until for pair, until in self._until.items() if worker_id not in pair}
-
-    def at(self, now: float) -> frozenset[Pair]:
-        """The pairs to avoid now."""
-        self._until = {pair: until for pair, until in self._until.items() if until > now}
-        return frozenset(self._until)
+    REQUEST = auto()  # it would fail anywhere
+    PAIR = auto()  # the link between two workers: neither of them is to blame
+    WORKER = auto()
+    NOBODY = auto()
 
 
-def preference_after(code: str, attempt: int, wish: Preference) -> Preference | None:
-    """How to route the attempt that follows number `attempt` (from 1), which failed with `code`.
+def fault(code: str, split: bool) -> Fault:
+    """Judge by the code of the failure; `split` says that two workers were at it."""
+    if code in OWN_FAULTS:
+        return Fault.REQUEST
+    if code in FAILED_HANDOFFS:
+        return Fault.PAIR if split else Fault.NOBODY
+    return Fault.WORKER if code in ENGINE_FAULTS else Fault.NOBODY
 
-    None: do not try again. After a lost worker the fleet is chosen from as before; after a failed hand-off
-    the log is prefilled where it decodes, so that the same link cannot fail it twice.
-    """
-    if attempt >= MAX_ATTEMPTS:
-        return None
-    if code == LOST_WORKER:
-        return wish
-    return Preference.LOCAL if code in FAILED_HANDOFFS else None
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverySettings:
+    """Limits of waiting and of trust. A pair's breaker opens at its first failure: others are there instead."""
+
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    worker: BreakerSettings = field(default_factory=BreakerSettings)
+    pair: BreakerSettings = field(default_factory=lambda: BreakerSettings(failures=1))

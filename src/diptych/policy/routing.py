@@ -73,12 +73,23 @@ class Routing:
             prefillers = [worker for worker in ready if worker.role is Role.PREFILL]
             if not prefillers and demand.prefer is Preference.SPLIT:
                 prefillers = ready
-            split = [
-                option
-                for option in self._pairs(demand, prefillers, decoders, loads)
-                if (option.route.prefill, option.route.decode) not in avoid
-            ]
+            backward = {(p.worker_id, d.worker_id) for p in prefillers for d in decoders if not _forward(p, d)}
+            split = self._pairs(demand, prefillers, decoders, loads, backward.union(avoid))
         options = split if split and demand.prefer is Preference.SPLIT else local + split
+        return min(options, key=lambda option: option.seconds, default=None)
+
+    def onward(
+        self,
+        demand: Demand,
+        source: WorkerView,
+        workers: Sequence[WorkerView],
+        loads: Mapping[WorkerId, WorkerLoad],
+        avoid: Collection[tuple[WorkerId, WorkerId]] = (),
+    ) -> ScoredRoute | None:
+        """Where the worker that has a log's KV, and is about to leave, hands it over best."""
+        others = [worker for worker in workers if worker.worker_id != source.worker_id]
+        targets = [worker for worker in others if worker.role is not Role.PREFILL] or others
+        options = self._pairs(demand, [source], targets, loads, avoid)
         return min(options, key=lambda option: option.seconds, default=None)
 
     def _pairs(
@@ -87,12 +98,15 @@ class Routing:
         prefillers: Sequence[WorkerView],
         decoders: Sequence[WorkerView],
         loads: Mapping[WorkerId, WorkerLoad],
+        avoid: Collection[tuple[WorkerId, WorkerId]],
     ) -> list[ScoredRoute]:
         pairs = []
         for prefill in prefillers:
             for decode in decoders:
                 transport = self.transport(prefill, decode)
-                if prefill.worker_id != decode.worker_id and transport is not None:
+                if prefill.worker_id == decode.worker_id or (prefill.worker_id, decode.worker_id) in avoid:
+                    continue
+                if transport is not None:
                     seconds = self._split_seconds(demand, prefill, decode, loads)
                     pairs.append(ScoredRoute(Route(decode.worker_id, prefill.worker_id, transport), seconds))
         return pairs
@@ -134,3 +148,13 @@ class Routing:
         """Waiting for blocks: as long as decoding the missing tokens out of the way takes."""
         missing = demand.num_tokens - worker.blocks_free * worker.block_size
         return max(0, missing) * self._cost.decode_seconds(worker, 1)
+
+
+_DOWNSTREAM = (Role.PREFILL, Role.MIXED, Role.DECODE)
+
+
+def _forward(prefill: WorkerView, decode: WorkerView) -> bool:
+    """KV flows one way through the fleet. Else two workers could each keep blocks for pages of the other, and so have
+    none left to compute those: both would wait until a deadline."""
+    source = (_DOWNSTREAM.index(prefill.role), prefill.worker_id)
+    return source < (_DOWNSTREAM.index(decode.role), decode.worker_id)

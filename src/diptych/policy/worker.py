@@ -8,6 +8,9 @@
 
 There is one step in flight at most. Whatever would take blocks from a sequence of that step waits until
 the step is over, so an engine may read sequences without a copy.
+
+With data-parallel attention each data-parallel rank has a brain like this one, and `policy.data_parallel`
+keeps them in step.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from diptych.core.actions import (
     SendTokens,
     WorkerAction,
 )
-from diptych.core.blocks import BlockId
+from diptych.core.blocks import BlockHash, BlockId
 from diptych.core.events import (
     AbortRequested,
     HandoffComplete,
@@ -69,7 +72,7 @@ class _Life:
 
 
 class WorkerPolicy:
-    """The decisions of one worker, whatever its role."""
+    """The decisions of one worker, whatever its role (or of one of its data-parallel ranks)."""
 
     def __init__(
         self,
@@ -79,8 +82,10 @@ class WorkerPolicy:
         eos_token_ids: tuple[int, ...],
         *,
         handoff_timeout: float = HANDOFF_TIMEOUT,
+        data_rank: int = 0,
     ) -> None:
         self.pool = pool
+        self.data_rank = data_rank
         self.scheduler = Scheduler(pool, limits)
         self.source = SourceHandoffs(layout, pool, self.scheduler)
         self.target = TargetHandoffs(pool, self.scheduler, max_sequences=limits.max_sequences, timeout=handoff_timeout)
@@ -93,20 +98,32 @@ class WorkerPolicy:
 
     def handle(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
         """Take one event; returns what to do, in order."""
+        actions = self.take(event, now)
+        return actions if self._in_flight is not None else actions + self.schedule(now)
+
+    def take(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
+        """All of `handle` but the next step, which is for `schedule`."""
         actions: list[WorkerAction] = []
-        for part in _per_request(event):
+        for part in per_request(event):
             if self._concerns_running_step(part):
                 self._after_step.append(part)
             else:
                 actions += self._handle(part, now)
+        return actions + self._catch_up(now)
+
+    def step_undone(self, now: float) -> list[WorkerAction]:
+        """The running step came to nothing, and no sequence here is to blame: it will be scheduled again."""
+        self._step_over()
+        return self._catch_up(now)
+
+    def _catch_up(self, now: float) -> list[WorkerAction]:
+        """What has become possible: events that waited for the end of a step, and tickets for new room."""
+        actions: list[WorkerAction] = []
         if self._in_flight is None:
             put_off, self._after_step = self._after_step, []
             for part in put_off:
                 actions += self._handle(part, now)
-        actions += self.target.grant(now)
-        if self._in_flight is None:
-            actions += self._schedule(now)
-        return actions
+        return actions + self.target.grant(now)
 
     def _concerns_running_step(self, event: WorkerEvent) -> bool:
         match event:
@@ -138,8 +155,9 @@ class WorkerPolicy:
 
     def _arrive(self, event: ServeRequested | ReserveRequested | PrefillRequested, now: float) -> list[WorkerAction]:
         sequence = Sequence.from_log(event.request, event.output_token_ids)
+        sequence.data_rank = self.data_rank
         request_id = sequence.request_id
-        if request_id in self._lives or request_id in self.source or request_id in self.target:
+        if self.knows(request_id):
             return [SendFailure(request_id, "duplicate_request", "this worker already serves a request of that id")]
         if not self.scheduler.fits(sequence.num_tokens + 1):
             return [SendFailure(request_id, "kv_exhausted", "the request needs more KV blocks than this worker has")]
@@ -173,7 +191,8 @@ class WorkerPolicy:
 
     # steps
 
-    def _schedule(self, now: float) -> list[WorkerAction]:
+    def schedule(self, now: float) -> list[WorkerAction]:
+        """Begin the next step, if there is one: the last action is its RunStep then. Not while one runs."""
         actions: list[WorkerAction] = []
         batch = self.scheduler.schedule()
         for sequence in self.scheduler.starved:
@@ -308,6 +327,14 @@ class WorkerPolicy:
         """Those that live here."""
         return tuple(self._lives)
 
+    def knows(self, request_id: str) -> bool:
+        """Whether it lives here, or has left blocks here that somebody else still reads or writes."""
+        return request_id in self._lives or request_id in self.source or request_id in self.target
+
+    def drain_cache_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
+        """Hashes (stored, evicted) since the last call, for the router's prefix index."""
+        return self.pool.drain_events()
+
     def stats(self) -> WorkerStats:
         """The load as reported to the router."""
         return WorkerStats(
@@ -333,7 +360,7 @@ class WorkerPolicy:
         self.pool.check_integrity(owners)
 
 
-def _per_request(event: WorkerEvent) -> Iterable[WorkerEvent]:
+def per_request(event: WorkerEvent) -> Iterable[WorkerEvent]:
     """A lost link concerns each of its requests on its own."""
     if isinstance(event, LinkLost):
         return [LinkLost(event.worker_id, (request_id,)) for request_id in event.request_ids]

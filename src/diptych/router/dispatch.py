@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbortOn,
     Deliver,
@@ -18,7 +19,7 @@ from diptych.core.actions import (
     StartPrefill,
 )
 from diptych.core.clock import Clock
-from diptych.core.errors import DiptychError, HandshakeError, PeerError, UnavailableError
+from diptych.core.errors import DiptychError, HandshakeError, PeerError, ProtocolError, UnavailableError
 from diptych.core.events import (
     BlocksCached,
     FirstTokenMade,
@@ -26,13 +27,15 @@ from diptych.core.events import (
     RequestFailed,
     RequestSubmitted,
     RouterEvent,
+    Tick,
     TicketGranted,
     TokensMade,
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import ModelInfo, Role, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import ModelInfo, Role, RouterStats, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Request, TokenOutput
+from diptych.policy.admission import RESTART_SECONDS
 from diptych.policy.dispatch import RouterPolicy
 from diptych.router.fleet import FleetRegistry, WorkerLink
 from diptych.router.stream import RequestStream
@@ -79,6 +82,10 @@ class Router:
         self._fleet = FleetRegistry()
         self._streams: dict[str, RequestStream] = {}
         self._last_beat = clock.now()
+        self._wake: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()  # no client's request is live
+        self._idle.set()
+        self._draining = False
 
     # for the front (core.ports.Dispatcher)
 
@@ -89,19 +96,24 @@ class Router:
             raise UnavailableError("no worker has registered yet", retry_after=1.0)
         return self._fleet.manifest.model
 
+    def check(self, tenant: str) -> None:
+        """Raises OverloadedError or UnavailableError if no request of this tenant would be accepted."""
+        self._check_not_ending()
+        error = self._policy.check(tenant)
+        if error is not None:
+            raise error
+
     def submit(self, request: Request) -> RequestStream:
         """Accept a request. Raises OverloadedError or UnavailableError."""
-        now = self._clock.now()
-        event = RequestSubmitted(request)
-        actions = self._policy.handle(event, now)
-        self._journal.record(now, event, actions)
+        self._check_not_ending()
+        actions = self._decide(RequestSubmitted(request))
         live = self._policy.live.get(request.request_id)
         if live is None:
             raise next(action.error for action in actions if isinstance(action, DeliverFailure))
         stream = RequestStream(live, self._cancel)
         self._streams[request.request_id] = stream
-        for action in actions:
-            self._perform(action)
+        failpoint("request.admitted")
+        self._carry_out(actions)
         return stream
 
     def workers(self) -> list[WorkerView]:
@@ -114,13 +126,32 @@ class Router:
         ]
         return sorted(views + missing, key=lambda view: view.worker_id)
 
+    def stats(self) -> RouterStats:
+        return self._policy.stats()
+
     def alive(self) -> bool:
         return self._clock.now() - self._last_beat < 5 * BEAT_SECONDS
 
     def ready(self) -> bool:
-        """A pair, or a worker that does both, is ready."""
-        roles = {link.hello.role for link in self._fleet.links.values() if link.state is WorkerState.READY}
-        return Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
+        """A pair, or a worker that does both, is ready and trusted, and the server is not about to end."""
+        roles = {worker.role for worker in self._policy.serving()}
+        return not self._draining and (Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles)
+
+    def _check_not_ending(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is about to end", retry_after=RESTART_SECONDS, code="draining")
+
+    # for the composition
+
+    async def drain(self, seconds: float) -> bool:
+        """Accept nothing more, and wait for what runs. False if it did not all end in time."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     # for the workers
 
@@ -131,6 +162,8 @@ class Router:
             return
         try:
             async for message in channel:
+                if not self._fleet.has(link):
+                    break  # this life is over: what was still under way means nothing
                 link.last_heard = self._clock.now()
                 self._on_message(link, message)
         except PeerError as error:
@@ -146,6 +179,8 @@ class Router:
             return None  # it ended before it was ready; its supervisor says why
         except (PeerError, TimeoutError) as error:
             reason = str(error) or f"it did not introduce itself within {HELLO_SECONDS:.0f} s"
+            if isinstance(error, ProtocolError):
+                reason += f" (this router speaks wire version {messages.WIRE_VERSION}; another version of diptych?)"
             log.warning("a worker was refused: %s", reason)
             channel.send(messages.Refused(reason))
             channel.close()
@@ -205,6 +240,7 @@ class Router:
             case messages.Granted(request_id, ticket, cached):
                 self._handle(TicketGranted(worker_id, request_id, ticket, cached))
             case messages.Failed(request_id, code, text):
+                log.info("worker %s could not go on with %s: %s (%s)", worker_id, request_id, text, code)
                 self._handle(RequestFailed(worker_id, request_id, code, text))
             case messages.KVEvents(stored, evicted):
                 self._handle(BlocksCached(worker_id, tuple(stored), tuple(evicted)))
@@ -223,15 +259,29 @@ class Router:
         """Watch the fleet for as long as the task lives."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            self._last_beat = self._clock.now()
-            self.check_silence()
+            self.on_beat()
 
-    def check_silence(self) -> None:
-        """Workers that have not been heard of for too long are lost."""
-        for link in self._fleet.silent(self._clock.now()):
+    def on_beat(self) -> None:
+        """The loop is alive: look at the time, unless it was the router itself that stood still. What the others have
+        sent meanwhile is then still unread."""
+        now = self._clock.now()
+        stood_still, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
+        if stood_still:
+            self._fleet.excuse(now)
+        else:
+            self.check_time()
+
+    def check_time(self) -> None:
+        """Workers that have not been heard of for too long are lost; streams that wait for too long go elsewhere."""
+        silent = self._fleet.silent(self._clock.now())
+        for link in silent:
+            link.state = WorkerState.LOST
+            self._handle(WorkerUpdated(link.view()))  # of all of them first, so that none gets another's streams
+        for link in silent:
             log.warning("worker %s has fallen silent", link.worker_id)
             self._callbacks.on_silent(link.worker_id)
             self._lost(link)
+        self._handle(Tick())
 
     def shutdown(self) -> None:
         """Tell every worker to end."""
@@ -243,12 +293,34 @@ class Router:
         self._handle(RequestCancelled(request_id))
 
     def _handle(self, event: RouterEvent) -> None:
+        self._carry_out(self._decide(event))
+        self._release_drained()
+
+    def _decide(self, event: RouterEvent) -> list[RouterAction]:
         now = self._clock.now()
         actions = self._policy.handle(event, now)
-        self._journal.record(now, event, actions)
+        if actions or not isinstance(event, Tick):  # a tick that changes nothing is not worth a line
+            self._journal.record(now, event, actions)
+        return actions
+
+    def _carry_out(self, actions: list[RouterAction]) -> None:
         for action in actions:
             self._perform(action)
-        self._release_drained()
+        if self._policy.live:
+            self._idle.clear()
+        else:
+            self._idle.set()
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """Have the policy's next plan carried out when its time comes."""
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        now = self._clock.now()
+        wake_at = self._policy.wake_at(now)
+        if wake_at is not None:
+            self._wake = asyncio.get_running_loop().call_later(wake_at - now, self._handle, Tick())
 
     def _release_drained(self) -> None:
         """Let workers go that want to leave and are not needed any more."""
@@ -277,6 +349,8 @@ class Router:
     def _deliver(self, request_id: str, item: TokenOutput | DiptychError, *, last: bool) -> None:
         stream = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
         if stream is not None:
+            if last:
+                failpoint("stream.ending")
             stream.put(item)
 
     def _start_prefill(self, start: StartPrefill) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from diptych.core.errors import HandshakeError
 from diptych.core.fleet import Epoch, KVEndpoint, Manifest, WorkerId, WorkerState, WorkerStats, WorkerView, is_worker_id
+from diptych.policy.compatibility import model_differences
+from diptych.policy.resharding import incompatibilities
 from diptych.wire import messages
 from diptych.wire.channel import Channel
 
@@ -46,6 +48,7 @@ class WorkerLink:
             state=self.state,
             epoch=self.hello.epoch,
             pid=self.hello.pid,
+            cut=layout.cut,
             num_blocks=self.manifest.num_blocks,
             block_size=layout.block_size,
             token_bytes=layout.token_bytes,
@@ -56,7 +59,8 @@ class WorkerLink:
 
 
 class FleetRegistry:
-    """All links by worker. The first worker to register says what this fleet serves."""
+    """All links by worker. The first worker to register says what this fleet serves. The others serve the same,
+    cut into ranks and blocks as they like: KV can pass between any two of them."""
 
     def __init__(self) -> None:
         self.links: dict[WorkerId, WorkerLink] = {}
@@ -88,20 +92,20 @@ class FleetRegistry:
             self.manifest = manifest
             return
         ours = self.manifest
-        theirs, longest = manifest.model.max_model_len, ours.model.max_model_len
-        if theirs != longest:
-            raise HandshakeError(f"a context of {theirs} tokens, this fleet has {longest} (--max-model-len)")
-        if manifest.model.digest != ours.model.digest:
-            raise HandshakeError(f"model {manifest.model.digest}, this fleet serves {ours.model.digest}")
-        if manifest.layout.digest != ours.layout.digest:
-            raise HandshakeError(f"KV layout {manifest.layout}, this fleet has {ours.layout}")
+        reasons = model_differences(manifest.model, ours.model) + incompatibilities(manifest.layout, ours.layout)
+        if reasons:
+            raise HandshakeError(f"it does not fit this fleet: {'; '.join(reasons)}")
 
     def add(self, link: WorkerLink) -> None:
         self.links[link.worker_id] = link
 
+    def has(self, link: WorkerLink) -> bool:
+        """Whether this life of the worker is the present one."""
+        return self.links.get(link.worker_id) is link
+
     def remove(self, link: WorkerLink) -> bool:
         """Drop a link. False if a newer life of the worker has taken its place (or it is gone)."""
-        if self.links.get(link.worker_id) is not link:
+        if not self.has(link):
             return False
         del self.links[link.worker_id]
         return True
@@ -109,6 +113,11 @@ class FleetRegistry:
     def draining(self) -> list[WorkerLink]:
         """Workers that want to leave."""
         return [link for link in self.links.values() if link.state is WorkerState.DRAINING]
+
+    def excuse(self, now: float) -> None:
+        """Nobody's silence so far counts."""
+        for link in self.links.values():
+            link.last_heard = now
 
     def silent(self, now: float) -> list[WorkerLink]:
         """Workers that have not been heard of for too long."""

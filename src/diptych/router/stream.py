@@ -9,7 +9,7 @@ from diptych.core.errors import DiptychError
 from diptych.core.fleet import Route
 from diptych.core.request import TokenOutput
 from diptych.core.timeline import Timeline
-from diptych.policy.dispatch import LiveRequest
+from diptych.policy.live_request import LiveRequest
 
 
 class RequestStream:
@@ -25,7 +25,7 @@ class RequestStream:
         self._over = False
 
     @property
-    def route(self) -> Route:
+    def route(self) -> Route | None:
         return self._live.route
 
     @property

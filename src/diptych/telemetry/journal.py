@@ -1,6 +1,7 @@
 """The journal: every event a policy object took and every action it ordered, one JSON line each.
 
-Enough to see why something was done, and to feed the events back to policy and compare (replay).
+Enough to see why something was done, and to feed the events back to policy and compare (replay). Of a push it
+keeps which tokens went where: the byte ranges follow from that and the block tables, and are many.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from diptych.core.actions import PushPages, RunStep
 from diptych.core.errors import DiptychError
 
 
@@ -53,8 +55,21 @@ def open_journal(path: str | None) -> Journal:
 
 def _named(thing: object) -> dict[str, Any]:
     """A dataclass as a dict that starts with the name of its kind."""
+    kind = type(thing).__name__
+    match thing:
+        case RunStep(batch, pushes):
+            return {"kind": kind, "batch": batch, "pushes": [_named(push) for push in pushes]}
+        case PushPages(request_id, claims, plan):
+            return {
+                "kind": kind,
+                "request_id": request_id,
+                "target": claims.worker_id,
+                "first_token": plan.first_token,
+                "num_tokens": plan.num_tokens,
+                "num_ranges": sum(len(transfer.ranges) for transfer in plan.layers),
+            }
     fields = getattr(thing, "__dataclass_fields__", ())
-    return {"kind": type(thing).__name__, **{name: getattr(thing, name) for name in fields}}
+    return {"kind": kind, **{name: getattr(thing, name) for name in fields}}
 
 
 def _plain(thing: object) -> object:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from diptych.core.fleet import WorkerView
+from diptych.core.fleet import RouterStats, WorkerView
 from diptych.core.timeline import Timeline
 
 MAX_WORKERS = 256  # label values of `worker`; a fleet with more shows its first ones
+MAX_LABELS = 64  # values of `tenant`, and of `reason`; what comes later is counted as "other"
+OTHER = "other"
 OUTCOMES = ("completed", "cancelled", "failed", "refused", "overloaded")
 
 GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -24,14 +26,18 @@ class ServerMetrics:
 
     Args:
         workers: the fleet at the moment of a scrape.
+        router: the router's load and counts then.
     """
 
-    def __init__(self, workers: Callable[[], list[WorkerView]]) -> None:
+    def __init__(self, workers: Callable[[], list[WorkerView]], router: Callable[[], RouterStats]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(FleetCollector(workers))
+        registry.register(RouterCollector(router))
         self._requests = Counter("diptych_requests", "Requests, by how they ended", ["outcome"], registry=registry)
         for outcome in OUTCOMES:
             self._requests.labels(outcome)
+        self._refused = CappedCounter(registry, "diptych_refused", "Requests that were not accepted", "reason")
+        self._tenants = CappedCounter(registry, "diptych_tenant_requests", "Accepted requests, by tenant", "tenant")
         self.in_flight = Gauge("diptych_requests_in_flight", "Requests being answered", registry=registry)
         self._prompt_tokens = Counter("diptych_prompt_tokens", "Prompt tokens of requests", registry=registry)
         self._cached_tokens = Counter("diptych_cached_tokens", "Prompt tokens found in the cache", registry=registry)
@@ -48,6 +54,14 @@ class ServerMetrics:
     def request_ended(self, outcome: str) -> None:
         """Count a request. `outcome` is one of OUTCOMES."""
         self._requests.labels(outcome).inc()
+
+    def refused(self, code: str) -> None:
+        """Count a request that was not accepted, by the code of its error."""
+        self._refused.inc(code)
+
+    def tenant_request(self, tenant: str) -> None:
+        """Count an accepted request by tenant ("" is nobody in particular)."""
+        self._tenants.inc(tenant or "-")
 
     def tokens(self, prompt: int, cached: int, output: int) -> None:
         self._prompt_tokens.inc(prompt)
@@ -69,6 +83,21 @@ class ServerMetrics:
     def render(self) -> bytes:
         """The text exposition format, version 0.0.4."""
         return generate_latest(self._registry)
+
+
+class CappedCounter:
+    """A counter with one label, of which only so many values are told apart: a server lives longer than the
+    names that are thrown at it."""
+
+    def __init__(self, registry: CollectorRegistry, name: str, text: str, label: str) -> None:
+        self._counter = Counter(name, text, [label], registry=registry)
+        self._known: set[str] = set()
+
+    def inc(self, value: str) -> None:
+        if value not in self._known and len(self._known) >= MAX_LABELS:
+            value = OTHER
+        self._known.add(value)
+        self._counter.labels(value).inc()
 
 
 class FleetCollector(Collector):
@@ -96,6 +125,28 @@ class FleetCollector(Collector):
             for worker in workers:
                 family.add_metric([worker.worker_id, worker.role], value(worker))
             yield family
+
+
+class RouterCollector(Collector):
+    """Reads the router when it is scraped."""
+
+    def __init__(self, router: Callable[[], RouterStats]) -> None:
+        self._router = router
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._router()
+        yield GaugeMetricFamily("diptych_router_running", "Requests that workers have", stats.running)
+        yield GaugeMetricFamily("diptych_router_waiting", "Requests in the queue", stats.waiting)
+        yield GaugeMetricFamily("diptych_router_waiting_tokens", "Prompt tokens in the queue", stats.waiting_tokens)
+        yield CounterMetricFamily("diptych_router_retried", "Attempts after the first", stats.retried)
+        yield CounterMetricFamily("diptych_router_checkpoints", "Copies of streams' KV", stats.checkpoints)
+        yield CounterMetricFamily(
+            "diptych_router_checkpoint_tokens", "Tokens whose KV was sent for copies", stats.checkpoint_tokens
+        )
+        yield CounterMetricFamily("diptych_router_ignored", "Messages that came too late, or twice", stats.ignored)
 
 
 def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -16,6 +16,7 @@ sender      PushLink: the source's side, one per target
 streams     the connections of a link
 pieces      in what portions a plan's bytes are moved
 places      many byte ranges at once
+nixl        pages written by NIXL; nixl_link: whether that is worth it
 writers     how bytes reach the target: mapped memory, or in the frame
 receiver    KVReceiver: the target's side, one per worker
 peer        one source's link, as its target sees it

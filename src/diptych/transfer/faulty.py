@@ -55,6 +55,9 @@ class FaultyWriter:
             piece = replace(piece, target=piece.target.part(0, len(wrong)))
         return self._writer.write(transfer, piece, layer, memoryview(wrong))
 
+    def close(self) -> None:
+        self._writer.close()
+
     def _spoil(self, content: bytes, ends: Sequence[int], fault: Fault) -> bytes:
         units = [content[start:end] for start, end in zip((0, *ends), ends, strict=False)]
         victim = self._random.randrange(len(units))

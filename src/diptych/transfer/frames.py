@@ -3,6 +3,9 @@
     source                                     target
       PushHello    layout              →
                                        ←       PushWelcome (+ a descriptor of each rank's KV memory, over a Unix socket)
+                                       ←       NixlWelcome         if the hello asks for it
+      Probe        + bytes             →                           how fast are frames? (before all else, if at all)
+                                       ←       Probed
       Begin        ticket's nonce      →
                                        ←       Go                  only now may the source write
       Pages        units, + bytes      →                           (bytes are in place already with mapped memory)
@@ -38,6 +41,7 @@ class PushHello(Message, frozen=True):
     worker_id: WorkerId
     layout: KVLayout
     model_digest: str
+    nixl: bool  # it wants to write with NIXL
 
 
 class PushWelcome(Message, frozen=True):
@@ -47,6 +51,26 @@ class PushWelcome(Message, frozen=True):
     num_blocks: int
     num_descriptors: int
     link: bytes  # what further connections name in their Join
+
+
+class NixlWelcome(Message, frozen=True):
+    """Where a source may write with NIXL: at the target's agent (`metadata` is NIXL's own, for `add_remote_agent`),
+    the memory of each rank, in order, from its address in `bases` on; and `scratch`, of SCRATCH_BYTES, at any time.
+    Pages may then be written, or follow in frames, as the source likes."""
+
+    metadata: bytes
+    bases: tuple[int, ...]
+    scratch: int
+
+
+class Probe(Message, frozen=True):
+    """`nbytes` of payload follow, which mean nothing; at most SCRATCH_BYTES. Answered by Probed."""
+
+    nbytes: int
+
+
+class Probed(Message, frozen=True):
+    pass
 
 
 class Refused(Message, frozen=True):
@@ -125,5 +149,7 @@ class Cancel(Message, frozen=True):
     nonce: bytes
 
 
-FromSource = PushHello | Join | Begin | Pages | Close | Stopped
-FromTarget = PushWelcome | Refused | Go | Accepted | Rejected | Cancel
+SCRATCH_BYTES = 1 << 20
+
+FromSource = PushHello | Join | Probe | Begin | Pages | Close | Stopped
+FromTarget = PushWelcome | NixlWelcome | Refused | Probed | Go | Accepted | Rejected | Cancel

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.errors import HandshakeError, PeerError, ProtocolError, TicketError, TransferError
 from diptych.core.events import HandoffComplete, HandoffFailed, WriterGone
 from diptych.core.fleet import Epoch
@@ -22,6 +23,7 @@ from diptych.transfer import frames
 from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.expected import Share
 from diptych.transfer.incoming import Ending, Incoming, TicketBook
+from diptych.transfer.nixl import NixlTarget
 from diptych.wire.blocking import BlockingConnection
 from diptych.wire.messages import WIRE_VERSION
 
@@ -46,6 +48,7 @@ class Target:
     memories: tuple[KVMemory, ...]
     model_digest: str
     descriptors: tuple[int, ...] = ()
+    nixl: bool = False  # sources that want to may write with NIXL
 
     @property
     def layout(self) -> KVLayout:
@@ -64,6 +67,8 @@ def refusal(target: Target, hello: frames.PushHello) -> str | None:
         return f"wire version {hello.wire_version} there, {WIRE_VERSION} here"
     if hello.model_digest != target.model_digest:
         return f"model {hello.model_digest[:100]!r} there, {target.model_digest!r} here"
+    if hello.nixl and not target.nixl:
+        return "NIXL is not offered here"
     cuts = (layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel, layout.expert_parallel)
     if max(cuts) > MAX_CUT or layout.block_size > MAX_BLOCK_SIZE:
         return f"a KV layout beyond all limits: {layout}"
@@ -94,8 +99,10 @@ class Peer:
         self._connections = [connection]
         self._over = False
         self._send_lock = threading.Lock()
-        self._shares_memory = not in_process and connection.is_local and bool(target.descriptors)
-        self._mapped = in_process or self._shares_memory  # it addresses our memory, so it writes itself
+        self._wants_nixl = hello.nixl
+        self._nixl: NixlTarget | None = None
+        self._shares_memory = not in_process and not hello.nixl and connection.is_local and bool(target.descriptors)
+        self._mapped = in_process or self._shares_memory or hello.nixl  # it addresses our memory: it writes itself
         if reason := refusal(target, hello):
             self._tell(frames.Refused(reason))
             raise HandshakeError(f"{self.name}: {reason}")
@@ -106,6 +113,9 @@ class Peer:
         self._tell(frames.PushWelcome(self._target.layout, num_blocks, len(descriptors), self.link))
         for descriptor in descriptors:
             self._first.send_descriptor(descriptor)
+        if self._wants_nixl:
+            self._nixl = NixlTarget(self.link, self._target.memories)
+            self._tell(self._nixl.welcome)
 
     def join(self, connection: Connection) -> None:
         """A further connection. Raises HandshakeError if it comes too late, or is one too many."""
@@ -126,7 +136,7 @@ class Peer:
         try:
             if connection is self._first:
                 self._welcome()
-            stream = _Stream(connection, self._target, mapped=self._mapped)
+            stream = _Stream(connection, self._target, mapped=self._mapped, inline=self._wants_nixl or not self._mapped)
             while (frame := connection.receive()) is not None:
                 self._take(frame, stream)
         except (PeerError, OSError) as error:
@@ -155,6 +165,8 @@ class Peer:
             last = not self._connections
             connection.close()
         if last:
+            if self._nixl is not None:
+                self._nixl.close()
             for ticket in self._book.writer_lost(self):
                 self._gone(ticket, "transfer_failed", f"the data connection of {self.name} ended")
         return last
@@ -177,6 +189,8 @@ class Peer:
         match frame:
             case frames.Begin():
                 self._begin(frame)
+            case frames.Probe(nbytes):
+                self._probe(nbytes, stream)
             case frames.Pages():
                 self._pages(frame, stream)
             case frames.Close():
@@ -196,6 +210,12 @@ class Peer:
         else:
             self._tell(frames.Go(frame.request_id, frame.nonce))
             expected.prepare()
+
+    def _probe(self, nbytes: int, stream: _Stream) -> None:
+        if self._nixl is None or not 0 <= nbytes <= frames.SCRATCH_BYTES:
+            raise ProtocolError("a probe that nobody asked for")
+        stream.connection.receive_into(self._nixl.scratch[:nbytes])
+        self._tell(frames.Probed())
 
     def _pages(self, frame: frames.Pages, stream: _Stream) -> None:
         if not 0 <= frame.nbytes <= self._target.largest_layer:
@@ -224,6 +244,7 @@ class Peer:
             return
         if stream.take(frame, share):
             self._book.mark(ticket, frame)
+            failpoint("receive.pages_verified")
         else:
             self._book.count("corrupt pages")
             self._fail(ticket, TransferError(f"pages of layer {frame.layer} are corrupt", code="kv_corrupt"))
@@ -238,6 +259,7 @@ class Peer:
             self._fail(ticket, TransferError("the hand-off was closed before all pages had arrived"))
         elif closing is not None:
             self._report(HandoffComplete(request_id, closing.token, closing.payload))
+            failpoint("receive.complete")
             self._tell(frames.Accepted(request_id, closing.nonce))
 
     def _gone(self, ticket: Incoming, code: str, message: str) -> None:
@@ -260,29 +282,31 @@ class Peer:
 class _Stream:
     """What one thread needs to take pages in over one connection."""
 
-    def __init__(self, connection: Connection, target: Target, *, mapped: bool) -> None:
+    def __init__(self, connection: Connection, target: Target, *, mapped: bool, inline: bool) -> None:
         self.connection = connection
         self._memories = target.memories
-        self._mapped = mapped
+        self._mapped = mapped  # pages may be in place already
+        self._inline = inline  # pages may follow
         self._scratch = memoryview(b"")
 
     def check(self, frame: frames.Pages, share: Share) -> None:
         """Raises TransferError if the payload has not the size of the pages."""
-        nbytes = 0 if self._mapped else share.places.nbytes
-        if frame.nbytes != nbytes:
+        nbytes = share.places.nbytes
+        if not (self._mapped and frame.nbytes == 0 or self._inline and frame.nbytes == nbytes):
             raise TransferError(f"{frame.nbytes} bytes of payload for pages of {nbytes}")
 
     def take(self, frame: frames.Pages, share: Share) -> bool:
         """Have the pages in memory. False if they are not what was sent."""
         layer, places = self._memories[share.rank].layer(frame.layer), share.places
-        if not self._mapped and not places.are_long:
+        in_place = frame.nbytes == 0
+        if not in_place and not places.are_long:
             staged = self._room(places.nbytes)
             self.connection.receive_into(staged)
             intact = unit_digests([staged], share.unit_ends) == frame.digests
             if intact:
                 places.scatter(staged, layer)
             return intact
-        if not self._mapped:
+        if not in_place:
             self.connection.receive_scattered(places.views(layer))
         return self._digests(layer, share) == frame.digests
 

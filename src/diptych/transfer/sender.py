@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.errors import PeerError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import WorkerId
@@ -211,6 +212,8 @@ class PushLink:
         with self._lock:
             self._working -= 1
             self._ended = last = self._working == 0
+        if last:
+            self._writer.close()
         while last and not self._jobs.empty():  # who had not heard of the end yet is told that it is over
             self._guarded(self._jobs.get() or _no_job, stream)
 
@@ -227,7 +230,7 @@ class PushLink:
     def _connect(self, stream: Stream) -> None:
         connection = connect(self._endpoint, self._identity)
         try:
-            welcome, writer = introduce(connection, self._endpoint, self._identity, self._layout)
+            welcome, writer = introduce(connection, self._endpoint, self._identity, self._sources)
             self._writer = self._wrap(writer)
         except BaseException:
             connection.close()
@@ -297,11 +300,13 @@ class PushLink:
             return
         about = claims.request_id, claims.nonce, claims.epoch
         stream.send(frames.Pages(*about, transfer.layer, job.pair, pieces[0].first_group, digests, nbytes), payload)
+        failpoint("push.layer_sent")
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
         if self._may_go_on(push):
             claims = push.claims
             self._answer(frames.Close(claims.request_id, claims.nonce, claims.epoch, push.num_frames, token, payload))
+            failpoint("push.close_sent")
 
     # the reader thread
 
@@ -330,6 +335,7 @@ class PushLink:
         elif isinstance(answer, frames.Go):
             push.go.set()
         elif isinstance(answer, frames.Accepted):
+            failpoint("push.accepted")
             self._report(PushAccepted(answer.request_id))
         elif isinstance(answer, frames.Rejected):
             self._stop_push(push)

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 
 from diptych.core.errors import HandshakeError, TransferError
 from diptych.core.fleet import KVEndpoint, WorkerId
-from diptych.core.kv_layout import KVLayout, LayerTransfer
+from diptych.core.kv_layout import LayerTransfer
 from diptych.core.ports import PageSource
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
 from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import map_memory
+from diptych.transfer.nixl import TRANSPORTS
+from diptych.transfer.nixl_link import nixl_writer
 from diptych.transfer.pieces import FRAME_BYTES, Piece
 from diptych.transfer.places import Places
 from diptych.transfer.writers import InlineWriter, MappedWriter, PageWriter
@@ -45,10 +47,12 @@ def connect(endpoint: Endpoint, identity: Identity) -> Connection:
 
 
 def introduce(
-    connection: Connection, endpoint: Endpoint, identity: Identity, layout: KVLayout
+    connection: Connection, endpoint: Endpoint, identity: Identity, sources: Sequence[PageSource]
 ) -> tuple[frames.PushWelcome, PageWriter]:
     """Say who we are, and learn whom we write to, and how. Raises HandshakeError if we are not welcome."""
-    connection.send(frames.PushHello(WIRE_VERSION, identity.worker_id, layout, identity.model_digest))
+    layout = sources[0].layout
+    nixl = isinstance(endpoint, KVEndpoint) and endpoint.transport in TRANSPORTS
+    connection.send(frames.PushHello(WIRE_VERSION, identity.worker_id, layout, identity.model_digest, nixl))
     welcome = connection.receive(STALL_SECONDS)
     if isinstance(welcome, frames.Refused):
         raise HandshakeError(f"it refused the data connection: {welcome.message[:1000]}")
@@ -59,6 +63,8 @@ def introduce(
         raise HandshakeError(f"its KV layout cannot be made from ours: {'; '.join(reasons)}")
     if isinstance(endpoint, LocalEndpoint):
         return welcome, MappedWriter(endpoint.memories)
+    if nixl:
+        return welcome, nixl_writer(connection, welcome, sources, measure=endpoint.transport == "fastest")
     if endpoint.transport != "shm":
         return welcome, InlineWriter()
     if not target.world_size == welcome.num_descriptors <= MAX_RANKS:

@@ -29,6 +29,10 @@ class PageWriter(Protocol):
         target's memory."""
         ...
 
+    def close(self) -> None:
+        """No thread writes any more."""
+        ...
+
 
 class MappedWriter:
     """Into memory that this process can address (shared memory, or its own); `memories` in order of ranks."""
@@ -58,6 +62,9 @@ class MappedWriter:
             piece.source.gather(layer, piece.target.views(there)[0])
         return ()
 
+    def close(self) -> None:
+        """The mapping goes with its last view."""
+
 
 class InlineWriter:
     """Into the frame: the bytes follow the message, sent straight out of the source's memory if they lie
@@ -71,3 +78,6 @@ class InlineWriter:
     ) -> Payload:
         """What to send, in logical order."""
         return piece.source.views(layer) if staged is None else (staged,)
+
+    def close(self) -> None:
+        """There is nothing to end."""

@@ -37,17 +37,19 @@ class BlockingConnection(Generic[T]):
     One thread may send while another receives. Any OSError or ProtocolError means the connection is over.
     """
 
-    def __init__(self, sock: socket.socket, expects: Any) -> None:
+    def __init__(self, sock: socket.socket, expects: Any, max_bytes: int = MAX_CONTROL_BYTES) -> None:
         self._decoder: Decoder[T] = Decoder(expects)
+        self._max_bytes = max_bytes
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
         self._socket = TlsStream(sock, STALL_SECONDS) if isinstance(sock, ssl.SSLSocket) else _blocking(sock)
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
 
     def send(self, message: object, payload: Sequence[memoryview] = ()) -> None:
         """Send a message, and after it the payload buffers. Blocks while the peer is slow."""
-        frame = memoryview(encode_frame(message, MAX_CONTROL_BYTES))
+        frame = memoryview(encode_frame(message, self._max_bytes))
         for start in range(0, max(len(payload), 1), _MAX_BUFFERS):
             part = payload[start : start + _MAX_BUFFERS]
             self._send_all([frame, *part] if start == 0 else list(part))
@@ -64,7 +66,7 @@ class BlockingConnection(Generic[T]):
         header = bytearray(LENGTH.size)
         if not self.receive_into(memoryview(header), may_end=True):
             return None
-        content = bytearray(frame_length(bytes(header), MAX_CONTROL_BYTES))
+        content = bytearray(frame_length(bytes(header), self._max_bytes))
         self.receive_into(memoryview(content))
         return self._decoder.decode(memoryview(content))
 
@@ -148,6 +150,13 @@ class BlockingConnection(Generic[T]):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Have the kernel notice, within STALL_SECONDS, that the peer's host is gone, even if nothing is to be sent."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _skip(buffers: list[memoryview], nbytes: int) -> None:

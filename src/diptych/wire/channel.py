@@ -4,7 +4,8 @@ async with a listener:  listen(address, key, on_channel, expects)   on_channel(c
 a caller:               channel = await connect(address, key, expects)
 
 channel.send(message)            queues it; never blocks
-async for message in channel     until the other end closes; raises ProtocolError if it breaks the rules
+async for message in channel     until the other end closes; raises ProtocolError if it breaks the rules (the caller
+                                 closes, and may say why before)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from diptych.core.errors import HandshakeError, PeerError, ProtocolError
+from diptych.core.errors import HandshakeError, PeerError
 from diptych.wire import handshake
 from diptych.wire.address import TcpAddress, UnixAddress, parse_address
 from diptych.wire.codec import LENGTH, Decoder, encode_frame, frame_length
@@ -72,9 +73,6 @@ class StreamChannel(Generic[T]):
         except (asyncio.IncompleteReadError, OSError):
             self.close()
             raise StopAsyncIteration from None
-        except ProtocolError:
-            self.close()
-            raise
 
     @property
     def local_host(self) -> str:

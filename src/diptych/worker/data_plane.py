@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from diptych.chaos.detour import detour
 from diptych.core.errors import ConfigError
 from diptych.core.events import WorkerEvent
 from diptych.core.fleet import Epoch, KVEndpoint, WorkerId
-from diptych.core.kv_layout import KVMemory, TransferPlan
+from diptych.core.kv_layout import KVLayout, KVMemory, TransferPlan
 from diptych.core.ports import Engine
 from diptych.core.request import SampledToken
 from diptych.core.settings import WorkerSettings
 from diptych.core.ticket import TicketClaims
+from diptych.transfer import nixl
 from diptych.transfer.memory import SharedMemory
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.sender import Identity, PushLink
 from diptych.wire.address import TcpAddress
 
 
-def share_kv(engine: Engine, num_blocks: int) -> tuple[KVMemory, SharedMemory]:
-    """KV memory for an engine, in a segment that other processes can map. It lasts as long as the process,
-    since the engine and its tensors hold views into it."""
+@dataclass(frozen=True, slots=True)
+class SharedKV:
+    """The KV memory of an engine's ranks, in order, in segments that other processes can map. It lasts as long as
+    the process, since the engine and its tensors hold views into it."""
+
+    memories: tuple[KVMemory, ...]
+    segments: tuple[SharedMemory, ...]
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.memories[0].layout
+
+    @property
+    def blocks_per_rank(self) -> int:
+        """Blocks of each data-parallel rank (its other ranks hold shares of the same ones)."""
+        return self.memories[0].num_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all data-parallel ranks together."""
+        return self.blocks_per_rank * self.layout.data_parallel
+
+
+def share_kv(engine: Engine, num_blocks: int) -> SharedKV:
+    """Take `num_blocks` blocks for each rank of an engine."""
     segments: list[SharedMemory] = []
 
     def allocate(nbytes: int) -> SharedMemory:
         segments.append(SharedMemory(nbytes))
         return segments[-1]
 
-    [memory] = engine.allocate_kv(num_blocks, allocate)
-    return memory, segments[0]
+    memories = engine.allocate_kv(num_blocks, allocate)
+    return SharedKV(memories, tuple(segments))
 
 
 def _address(transport: str, settings: WorkerSettings) -> str:
@@ -36,10 +61,23 @@ def _address(transport: str, settings: WorkerSettings) -> str:
     match transport:
         case "shm":
             return f"unix:{settings.run_dir}/{settings.worker_id}-{settings.epoch}-kv.sock"
-        case "tcp":
+        case "tcp" | "nixl" | "fastest":
             return str(TcpAddress(settings.data_host or "127.0.0.1", 0, tls=settings.tls))
         case other:
-            raise ConfigError(f"--transport {other}: one of auto, shm, tcp")
+            raise ConfigError(f"--transport {other}: one of auto, shm, tcp, nixl, fastest")
+
+
+def _offers_nixl(settings: WorkerSettings) -> bool:
+    """Whether sources may write with NIXL. Raises ConfigError if they should, but there is no NIXL, or it must not
+    be used here."""
+    if not nixl.TRANSPORTS.intersection(settings.transports):
+        return False
+    if settings.tls:
+        raise ConfigError("--transport nixl does not go with --tls: NIXL neither encrypts nor authenticates")
+    nixl.load()
+    if settings.data_host in (None, "127.0.0.1", "::1"):
+        nixl.stay_on_this_host()
+    return True
 
 
 class DataPlane:
@@ -48,28 +86,28 @@ class DataPlane:
     def __init__(
         self,
         settings: WorkerSettings,
-        memory: KVMemory,
-        segment: SharedMemory,
+        kv: SharedKV,
         model_digest: str,
         post: Callable[[WorkerEvent], None],
     ) -> None:
-        self._memory = memory
+        self._kv = kv
         self._post = post
         self._closed = False
         self._identity = Identity(key=settings.key, worker_id=settings.worker_id, model_digest=model_digest)
         target = Target(
             key=settings.key,
             epoch=settings.epoch,
-            memory=memory,
+            memories=kv.memories,
             model_digest=model_digest,
-            descriptor=segment.descriptor,
+            descriptors=tuple(segment.descriptor for segment in kv.segments),
+            nixl=_offers_nixl(settings),
         )
         self._receiver = KVReceiver(target, self._report)
         self._links: dict[WorkerId, tuple[Epoch, PushLink]] = {}
         # KV in device memory is out of reach of these transports: such a worker serves un-split.
         transports = settings.transports if settings.engine.device == "cpu" else ()
         self.endpoints = tuple(
-            KVEndpoint(transport=transport, address=self._receiver.listen(_address(transport, settings)))
+            KVEndpoint(transport=transport, address=detour(self._receiver.listen(_address(transport, settings))))
             for transport in transports
         )
 
@@ -95,7 +133,7 @@ class DataPlane:
             return
         if link is not None:
             link.end()
-        self._links[target] = (epoch, PushLink(target, endpoint, self._identity, self._memory, self._report))
+        self._links[target] = (epoch, PushLink(target, endpoint, self._identity, self._kv.memories, self._report))
 
     def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
         self._link(claims).push(request_id, claims, plan, layer)

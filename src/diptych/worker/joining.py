@@ -1,7 +1,6 @@
 """The lives of a worker that nobody here supervises: it joins a router, on this host or another, and
 
-- SIGTERM or SIGINT: tells the router, finishes what runs there within a grace period, leaves. A second
-  signal ends it at once;
+- SIGTERM or SIGINT: leaves (`worker.departure`);
 - the router is gone: goes on trying to join again, in a new life (epoch), until its patience is at an end.
   The model stays loaded.
 """
@@ -12,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,7 +22,8 @@ from diptych.core.settings import WorkerSettings
 from diptych.policy.backoff import Backoff
 from diptych.wire import messages
 from diptych.wire.channel import StreamChannel, connect
-from diptych.worker.main import End, Loaded, OnProgress, RouterChannel, load_engine, serve
+from diptych.worker.departure import Departure
+from diptych.worker.main import End, Loaded, OnProgress, load_engine, serve
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +36,6 @@ class Patience:
 
     grace: float = 30.0
     rejoin: float = 300.0
-
-
-class Departure:
-    """What signals ask for: the first one to leave in good order, the next one to end at once."""
-
-    def __init__(self) -> None:
-        self.wanted = asyncio.Event()
-        self.at_once = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._on_signal)
-
-    def _on_signal(self) -> None:
-        if self.wanted.is_set():
-            self.at_once.set()
-        self.wanted.set()
-
-    async def take(self, channel: RouterChannel, grace: float) -> None:
-        """Wait for the wish to leave, tell the router, and return when it has to end, done or not."""
-        await self.wanted.wait()
-        log.info("leaving: no new work, and %.0f s for what runs", grace)
-        channel.send(messages.Leaving())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                await self.at_once.wait()
 
 
 async def run_joined(settings: WorkerSettings, load: Callable[[OnProgress], Engine], patience: Patience) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbandonPush,
     CloseHandoff,
@@ -24,11 +25,13 @@ from diptych.core.actions import (
     WorkerAction,
 )
 from diptych.core.clock import Clock
+from diptych.core.errors import EngineLost
 from diptych.core.events import Tick, WorkerEvent
 from diptych.core.fleet import Manifest
 from diptych.core.ports import Engine
 from diptych.core.settings import WorkerSettings
 from diptych.core.ticket import TicketClaims
+from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.worker import WorkerPolicy
 from diptych.telemetry.journal import Journal
 from diptych.wire import messages
@@ -51,7 +54,7 @@ class WorkerLoop:
     def __init__(
         self,
         settings: WorkerSettings,
-        policy: WorkerPolicy,
+        policy: WorkerPolicy | DataParallelPolicy,
         engine: Engine,
         channel: Channel[messages.ToWorker],
         *,
@@ -64,7 +67,7 @@ class WorkerLoop:
         self._clock = clock
         self._journal = journal
         self._loop = asyncio.get_running_loop()
-        self._steps = StepRunner(engine, self._push_layer, self.post)
+        self._steps = StepRunner(engine, self._push_layer, self.post, self._give_up)
         self._data: DataPlane | None = None
         self._manifest: Manifest | None = None
         self._report_due = False
@@ -90,6 +93,14 @@ class WorkerLoop:
     def post(self, event: WorkerEvent) -> None:
         """Hand an event over, from any thread."""
         self._loop.call_soon_threadsafe(self.handle, event)
+
+    def _give_up(self, error: EngineLost) -> None:
+        """On the compute thread: this worker cannot go on. An error that escapes a callback ends it (`main.serve`)."""
+
+        def fail() -> None:
+            raise error
+
+        self._loop.call_soon_threadsafe(fail)
 
     def handle(self, event: WorkerEvent) -> None:
         """One event: decide, record, do. On the loop's thread."""
@@ -123,7 +134,7 @@ class WorkerLoop:
     def _report(self) -> None:
         """Tell the router about changed load and cached blocks."""
         self._report_due = False
-        stored, evicted = self._policy.pool.drain_events()
+        stored, evicted = self._policy.drain_cache_events()
         if stored or evicted:
             self._channel.send(messages.KVEvents(stored, evicted))
         stats = self._policy.stats()
@@ -138,12 +149,14 @@ class WorkerLoop:
             case SendTokens(outputs):
                 self._channel.send(messages.Tokens(list(outputs)))
             case SendFirstToken(output, cached, queue_seconds, prefill_seconds):
+                failpoint("first_token.made")
                 self._channel.send(messages.Prefilled(output, cached, queue_seconds, prefill_seconds))
+                failpoint("first_token.sent")
             case SendFailure(request_id, code, message):
                 self._channel.send(messages.Failed(request_id, code, message))
             case PushPages(request_id, claims, plan):
-                for transfer in plan.layers:
-                    self.data.push(request_id, claims, plan, transfer.layer)
+                for layer in dict.fromkeys(transfer.layer for transfer in plan.layers):
+                    self.data.push(request_id, claims, plan, layer)
             case CloseHandoff(request_id, claims, token):
                 self.data.close_handoff(request_id, claims, token)
             case AbandonPush(request_id, claims):
@@ -153,6 +166,7 @@ class WorkerLoop:
             case RevokeTicket(request_id):
                 self.data.revoke(request_id)
             case ForgetRequest(request_id):
+                failpoint("request.over")
                 self._steps.forget(request_id)
 
     def _push_layer(self, step: RunStep, layer: int) -> None:
@@ -169,10 +183,12 @@ class WorkerLoop:
             first_block=grant.first_block,
             num_tokens=grant.num_tokens,
             layout=manifest.layout,
+            data_rank=grant.data_rank,
             model_digest=manifest.model.digest,
             salt=grant.request.cache_salt,
             nonce=secrets.token_bytes(NONCE_BYTES),
         )
         self.data.expect(claims)
         ticket = mint(claims, self._settings.key)
+        failpoint("ticket.minted")
         self._channel.send(messages.Granted(claims.request_id, ticket, grant.num_cached_tokens))

@@ -2,7 +2,7 @@
 
 1. connect to the router, load the engine (telling the router how far it is), take the KV memory
 2. say what is here; a refusal ends the process with the reason
-3. serve until told to shut down, until SIGTERM, or until the router is gone
+3. serve until told to shut down, until a signal (`worker.departure`), or until the router is gone
 
 This is the life of a worker that `fleet.local` supervises; `worker.joining` makes several of it.
 """
@@ -11,31 +11,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
-import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.blocks import blocks_for
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError, HandshakeError, PeerError
 from diptych.core.events import AbortRequested, PrefillRequested, ReserveRequested, ServeRequested
 from diptych.core.fleet import Manifest
-from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.kv_layout import KVLayout
 from diptych.core.ports import Engine
 from diptych.core.settings import WorkerSettings
 from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool, Eviction
+from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.worker import WorkerPolicy
 from diptych.telemetry.journal import open_journal
-from diptych.transfer.memory import SharedMemory, available_memory
+from diptych.transfer.memory import available_memory
 from diptych.wire import messages
 from diptych.wire.channel import Channel, connect
 from diptych.wire.tickets import open_ticket
-from diptych.worker.data_plane import DataPlane, share_kv
+from diptych.worker.data_plane import DataPlane, SharedKV, share_kv
+from diptych.worker.departure import Departure
 from diptych.worker.host import host_identity
 from diptych.worker.loop import WorkerLoop
 
@@ -53,8 +56,7 @@ class Loaded:
     """What outlasts a life: an engine and its KV memory."""
 
     engine: Engine
-    memory: KVMemory
-    segment: SharedMemory
+    kv: SharedKV
 
 
 class End(Enum):
@@ -65,16 +67,13 @@ class End(Enum):
     ROUTER_GONE = auto()
 
 
-async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> None:
-    """Live one worker's life. Returns at an orderly end; raises DiptychError with the reason otherwise."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+async def run_worker(settings: WorkerSettings, load: Callable[[OnProgress], Engine]) -> End:
+    """Live one worker's life. Returns how it ended; raises DiptychError with the reason if that was not orderly."""
+    departure = Departure()
     channel = await connect(settings.router, settings.key, messages.ToWorker)
     loaded = await load_engine(settings, load, channel)
     with contextlib.closing(loaded.engine):
-        await serve(settings, loaded, channel, stop.wait)
+        return await serve(settings, loaded, channel, functools.partial(departure.take, channel, settings.grace))
 
 
 async def load_engine(settings: WorkerSettings, load: Callable[[OnProgress], Engine], channel: RouterChannel) -> Loaded:
@@ -85,37 +84,40 @@ async def load_engine(settings: WorkerSettings, load: Callable[[OnProgress], Eng
         loop.call_soon_threadsafe(channel.send, messages.Loading(settings.worker_id, done, total))
 
     engine = await loop.run_in_executor(None, load, on_progress)
-    memory, segment = share_kv(engine, kv_blocks(settings, engine.layout, engine.model.max_model_len))
-    return Loaded(engine, memory, segment)
+    return Loaded(engine, share_kv(engine, kv_blocks(settings, engine.layout, engine.model.max_model_len)))
 
 
 def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) -> int:
-    """How many KV blocks to take. Raises ConfigError if not even one request of full length fits."""
+    """How many KV blocks to take for each data-parallel rank, of an even share of the worker's tokens. Raises
+    ConfigError if not even one request of full length fits."""
+    ranks = layout.data_parallel
     tokens = settings.cache.kv_tokens
     if tokens is None:
-        share = int(available_memory() * MEMORY_SHARE)
-        tokens = min(share // layout.token_bytes, DEFAULT_REQUESTS * max_model_len)
-    if tokens < max_model_len:
+        token_bytes = layout.token_bytes * layout.replication  # with the copies on other tensor ranks
+        affordable = int(available_memory() * MEMORY_SHARE) // token_bytes
+        tokens = min(affordable, max(ranks, DEFAULT_REQUESTS) * max_model_len)
+    if tokens // ranks < max_model_len:
+        each = f" on each of {ranks} data-parallel ranks" if ranks > 1 else ""
         raise ConfigError(
-            f"{tokens} tokens of KV cache cannot hold one request of {max_model_len} tokens; "
+            f"{tokens // ranks} tokens of KV cache{each} cannot hold one request of {max_model_len} tokens; "
             "raise --kv-cache-tokens or lower --max-model-len"
         )
-    return blocks_for(tokens, layout.block_size)
+    return blocks_for(tokens // ranks, layout.block_size)
 
 
 async def serve(
     settings: WorkerSettings, loaded: Loaded, channel: RouterChannel, leaving: Callable[[], Coroutine[Any, Any, object]]
 ) -> End:
     """Register and serve, until the router ends it or `leaving()` does. Raises HandshakeError if refused."""
-    engine, memory = loaded.engine, loaded.memory
+    engine, kv = loaded.engine, loaded.kv
     with contextlib.closing(open_journal(settings.journal)) as journal:
-        policy = _policy(settings, engine, memory)
+        policy = _policy(settings, engine, kv)
         worker = WorkerLoop(settings, policy, engine, channel, clock=WallClock(), journal=journal)
-        data = DataPlane(settings, memory, loaded.segment, engine.model.digest, worker.post)
+        data = DataPlane(settings, kv, engine.model.digest, worker.post)
         manifest = Manifest(
             model=engine.model,
-            layout=memory.layout,
-            num_blocks=memory.num_blocks,
+            layout=kv.layout,
+            num_blocks=kv.num_blocks,
             endpoints=data.endpoints,
             host=host_identity(),
         )
@@ -159,15 +161,21 @@ def _first_failed_callback() -> asyncio.Future[None]:
     return failed
 
 
-def _policy(settings: WorkerSettings, engine: Engine, memory: KVMemory) -> WorkerPolicy:
-    pool = BlockPool(
-        memory.num_blocks,
-        memory.layout.block_size,
-        eviction=Eviction(settings.cache.eviction),
-        prefix_caching=settings.cache.prefix_caching,
-    )
+def _policy(settings: WorkerSettings, engine: Engine, kv: SharedKV) -> WorkerPolicy | DataParallelPolicy:
+    """A brain for each data-parallel rank, and what keeps them in step if there are several."""
     limits = BatchLimits(settings.batch.max_batch_tokens, settings.batch.max_sequences)
-    return WorkerPolicy(memory.layout, pool, limits, engine.model.eos_token_ids)
+
+    def rank(data_rank: int) -> WorkerPolicy:
+        pool = BlockPool(
+            kv.blocks_per_rank,
+            kv.layout.block_size,
+            eviction=Eviction(settings.cache.eviction),
+            prefix_caching=settings.cache.prefix_caching,
+        )
+        return WorkerPolicy(kv.layout, pool, limits, engine.model.eos_token_ids, data_rank=data_rank)
+
+    ranks = [rank(data_rank) for data_rank in range(kv.layout.data_parallel)]
+    return ranks[0] if len(ranks) == 1 else DataParallelPolicy(ranks)
 
 
 async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop) -> End:
@@ -186,6 +194,7 @@ async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: Wor
                     continue
                 worker.data.open_link(claims.worker_id, claims.epoch, endpoint)
                 worker.handle(PrefillRequested(request, claims, outputs))
+                failpoint("request.queued")
             case messages.Abort(request_id):
                 worker.handle(AbortRequested(request_id))
             case messages.WarmUp(worker_id, epoch, endpoint):

@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import RunStep
-from diptych.core.errors import DiptychError, EngineCorrupt
+from diptych.core.errors import DiptychError, EngineCorrupt, EngineLost
 from diptych.core.events import StepFailed, StepFinished
 from diptych.core.ports import Engine
 
@@ -18,12 +19,15 @@ Report = Callable[[StepFinished | StepFailed], None]
 
 class StepRunner:
     """The compute thread. `push_layer(step, layer)` is called on it as each layer's KV is written;
-    `report` (called on it too) takes the outcome back."""
+    `report` (called on it too) takes the outcome back, and `give_up` the news that there will be no other."""
 
-    def __init__(self, engine: Engine, push_layer: PushLayer, report: Report) -> None:
+    def __init__(
+        self, engine: Engine, push_layer: PushLayer, report: Report, give_up: Callable[[EngineLost], None]
+    ) -> None:
         self._engine = engine
         self._push_layer = push_layer
         self._report = report
+        self._give_up = give_up
         self._steps: queue.SimpleQueue[RunStep | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -46,18 +50,25 @@ class StepRunner:
 
     def _work(self) -> None:
         while (order := self._steps.get()) is not None:
-            if isinstance(order, str):
-                self._engine.forget(order)
-            else:
-                self._report(self._step(order))
+            try:
+                if isinstance(order, str):
+                    self._engine.forget(order)
+                else:
+                    self._report(self._step(order))
+            except EngineLost as error:
+                self._give_up(error)
 
     def _step(self, step: RunStep) -> StepFinished | StepFailed:
         on_layer = (lambda layer: self._push_layer(step, layer)) if step.pushes else None
         began = time.perf_counter()
         try:
+            failpoint("step.started")
             samples = self._engine.step(step.batch, on_layer)
+            failpoint("step.finished")
         except EngineCorrupt as error:
             return StepFailed(error.code, error.message, error.request_ids)
+        except EngineLost:
+            raise
         except DiptychError as error:
             return StepFailed(error.code, error.message)
         except Exception as error:  # the edge of the process: whatever an engine raises ends requests, not the worker

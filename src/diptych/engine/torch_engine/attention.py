@@ -19,13 +19,15 @@ QUERY_CHUNK = 128
 
 
 class PagedAttention:
-    """Attention for one step: writes each layer's keys and values, reports that, then attends."""
+    """Attention for one step: writes each layer's keys and values, reports that, then attends. With `trims`,
+    only tokens that sample attend in the last layer."""
 
-    def __init__(self, cache: KVCache, plan: StepPlan, head_dim: int, on_layer: OnLayer | None) -> None:
+    def __init__(self, cache: KVCache, plan: StepPlan, head_dim: int, on_layer: OnLayer | None, trims: bool) -> None:
         self._cache = cache
         self._plan = plan
         self._scale = head_dim**-0.5
         self._on_layer = on_layer
+        self._trimmed_layer = cache.num_layers - 1 if trims else None
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See `model.Attend`."""
@@ -56,7 +58,7 @@ class PagedAttention:
     def _prefill(self, layer: int, chunk: PrefillChunk, queries: Tensor, attended: Tensor) -> None:
         """Many tokens of one sequence: queries [T, num_kv_heads, group, head_dim], results into `attended`."""
         num_tokens, num_kv_heads, group, head_dim = queries.shape
-        wanted = int(chunk.samples) if layer == self._cache.num_layers - 1 else num_tokens
+        wanted = int(chunk.samples) if layer == self._trimmed_layer else num_tokens
         if not wanted:
             return
         keys, values = self._cache.gather(layer, chunk.gather, 1)

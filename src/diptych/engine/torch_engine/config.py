@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face checkpoint, as far as this engine understands it."""
+"""config.json of a Hugging Face checkpoint, as far as this engine understands it. Loads no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import CheckpointError
-from diptych.engine.torch_engine.rope import KINDS, RopeConfig
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,24 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True),
     "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """One rotary embedding. Fields beyond `kind` and `theta` are read only by the kinds that need them."""
+
+    kind: str = "default"  # default | linear | llama3 | yarn
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_len: int = 0  # llama3, yarn: tokens seen in pretraining
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    attention_factor: float | None = None  # yarn; derived from `factor` if absent
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    mscale: float = 0.0  # yarn
+    mscale_all_dim: float = 0.0  # yarn
+    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,8 +230,8 @@ def _rope(raw: Mapping[str, Any], max_positions: int, default_theta: float) -> R
     if not isinstance(given, dict):
         raise _wrong("rope_parameters", given, "an object")
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind not in KINDS:
-        raise _wrong("rope_type", kind, f"one of those supported: {', '.join(KINDS)}")
+    if kind not in ROPE_KINDS:
+        raise _wrong("rope_type", kind, f"one of those supported: {', '.join(ROPE_KINDS)}")
     partial = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise _wrong("partial_rotary_factor", partial, "1.0: partial rotation is not supported")

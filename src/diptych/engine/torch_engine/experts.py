@@ -22,6 +22,10 @@ from diptych.engine.torch_engine.mlp import FeedForward
 # [A, hidden].
 ComputeExperts = Callable[[Tensor, Sequence[int]], Tensor]
 
+# All-to-all: rows [N, ...], of which sends[i] consecutive ones go to rank i, and receives[i] come from it; returns
+# those that come, in order of ranks.
+Exchange = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -95,6 +99,49 @@ class LocalExperts:
                 some.copy_(expert(some))
                 first += count
         return rows
+
+
+class ColumnOfExperts:
+    """The experts of one tensor rank, a run of them: the other ranks' rows come to nothing here, and what the
+    ranks have come to is added up."""
+
+    def __init__(self, experts: range, compute: ComputeExperts) -> None:
+        self._experts = experts
+        self._compute = compute
+
+    def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See `ComputeExperts`."""
+        first = sum(counts[: self._experts.start])
+        end = first + sum(counts[self._experts.start : self._experts.stop])
+        rows[:first] = 0
+        rows[end:] = 0
+        rows[first:end] = self._compute(rows[first:end], counts[self._experts.start : self._experts.stop])
+        return rows
+
+
+class SpreadExperts:
+    """Experts spread over ranks that have rows of their own each, in equal runs: every row goes to the rank of
+    its expert and back (the all-to-all of GShard, Lepikhin et al. 2020). All ranks must call it together,
+    with or without rows. `compute` has this rank's experts."""
+
+    def __init__(self, num_ranks: int, exchange: Exchange, compute: ComputeExperts) -> None:
+        self._num_ranks = num_ranks
+        self._exchange = exchange
+        self._compute = compute
+
+    def __call__(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See `ComputeExperts`. Counts travel first, so that everybody knows how many rows will come."""
+        one_each = [1] * self._num_ranks
+        leaving = torch.tensor(counts, device=rows.device).view(self._num_ranks, -1)
+        coming = self._exchange(leaving, one_each, one_each)  # [from rank, expert of this rank]
+        num_leaving, num_coming = leaving.sum(dim=1).tolist(), coming.sum(dim=1).tolist()
+        arrived = self._exchange(rows, num_leaving, num_coming)
+        # They come by rank, then expert; `compute` wants each expert's rows together.
+        experts = torch.arange(coming.shape[1], device=rows.device).repeat(self._num_ranks)
+        order = experts.repeat_interleave(coming.flatten()).argsort(stable=True)
+        outputs = torch.empty_like(arrived)
+        outputs[order] = self._compute(arrived[order], coming.sum(dim=0).tolist())
+        return self._exchange(outputs, num_coming, num_leaving)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Project = Callable[[Tensor], Tensor]
 
 
 class Linear:
@@ -28,6 +32,17 @@ class Linear:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
             return product
         return functional.linear(rows, self._weight, self._bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Then:
+    """One after the other."""
+
+    first: Project
+    second: Project
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.second(self.first(rows))
 
 
 def _packs(weight: Tensor) -> bool:

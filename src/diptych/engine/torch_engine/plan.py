@@ -93,15 +93,15 @@ class StepPlan:
 
 
 def plan_step(batch: Batch, layout: KVLayout, view: DenseView, device: torch.device) -> StepPlan:
-    """Lay out a batch. Rows must be non-empty and their block tables long enough."""
+    """Lay out a batch, maybe of no rows. Rows must be non-empty and their block tables long enough."""
     dense, homeless = view.place([row for row in batch.rows if row.num_tokens == 1])
     homeless.sort(key=lambda row: -row.end)
     decodes = [*chain.from_iterable(contexts.rows for contexts in dense), *homeless]
     packed = decodes + [row for row in batch.rows if row.num_tokens > 1]
     indices = {row.sequence: index for index, row in enumerate(batch.rows)}
-    ends = np.cumsum([row.num_tokens for row in packed])
-    sampled = [place for place, row in enumerate(packed) if row.samples]
-    positions = np.concatenate([np.arange(row.start, row.end) for row in packed])
+    ends = np.cumsum([row.num_tokens for row in packed], dtype=np.int64)
+    sampled = np.flatnonzero([row.samples for row in packed])
+    positions = _joined([np.arange(row.start, row.end) for row in packed])
 
     def on_device(indices: Indices) -> Tensor:
         return torch.from_numpy(indices).to(device)
@@ -135,7 +135,12 @@ def _blocks(packed: list[ScheduledSequence], layout: KVLayout) -> Indices:
         first = row.start // size
         table = np.array(row.sequence.block_table[first : blocks_for(row.end, size)], dtype=np.int64)
         parts.append(table[np.arange(row.start, row.end) // size - first])
-    return np.concatenate(parts)
+    return _joined(parts)
+
+
+def _joined(parts: list[Indices]) -> Indices:
+    """One after the other; nothing, if there are none."""
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def _table(row: ScheduledSequence, layout: KVLayout) -> Indices:

@@ -3,31 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """One rotary embedding. Fields beyond `kind` and `theta` are read only by the kinds that need them."""
-
-    kind: str = "default"  # default | linear | llama3 | yarn
-    theta: float = 10_000.0
-    factor: float = 1.0
-    original_max_len: int = 0  # llama3, yarn: tokens seen in pretraining
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    attention_factor: float | None = None  # yarn; derived from `factor` if absent
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    mscale: float = 0.0  # yarn
-    mscale_all_dim: float = 0.0  # yarn
-    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
-
-
-KINDS = ("default", "linear", "llama3", "yarn")
+from diptych.engine.torch_engine.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -1,39 +1,29 @@
-"""A checkpoint's tensors: found, checked against the config, fused, and put on the device."""
+"""A rank's share of a checkpoint's tensors, fused, and put on the device."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diptych.core.errors import CheckpointError
-from diptych.engine.torch_engine.config import ExpertsConfig, ModelConfig
-from diptych.engine.torch_engine.experts import LocalExperts, MixtureOfExperts, Router
-from diptych.engine.torch_engine.linear import Linear
-from diptych.engine.torch_engine.mlp import FeedForward, SwiGLU
-from diptych.engine.torch_engine.tensor_names import (
-    EXPERT_NAMES,
-    FUSED_DOWN,
-    FUSED_GATE_UP,
-    FUSED_ROUTER,
-    expected_shapes,
-    experts_are_fused,
+from diptych.engine.torch_engine.config import ExpertsConfig
+from diptych.engine.torch_engine.experts import (
+    ColumnOfExperts,
+    ComputeExperts,
+    LocalExperts,
+    MixtureOfExperts,
+    Router,
+    SpreadExperts,
 )
+from diptych.engine.torch_engine.linear import Linear, Project, Then
+from diptych.engine.torch_engine.links import Links
+from diptych.engine.torch_engine.mlp import FeedForward, SwiGLU
+from diptych.engine.torch_engine.shard import Shard
+from diptych.engine.torch_engine.tensor_names import EXPERT_NAMES, FUSED_DOWN, FUSED_GATE_UP, FUSED_ROUTER
+from diptych.engine.torch_engine.weight_files import Part, WeightFiles
 
 OnProgress = Callable[[int, int], None]
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
-_OTHER_FORMATS = ["consolidated*", "original/*"]
-_SAMPLES_PER_TENSOR = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,178 +31,139 @@ class LayerWeights:
     """One decoder layer. `qkv` yields query, key and value heads in that order."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Project
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Linear
+    output: Project
     mlp_norm: Tensor
     mlp: FeedForward
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All parameters of a decoder, in one dtype on one device."""
+    """All parameters of a decoder, or of a run of its layers, in one dtype on one device. Only where the first
+    layer is, there is an embedding [vocab_size, hidden]; only where the last one is, a norm and a head."""
 
-    embedding: Tensor
     layers: tuple[LayerWeights, ...]
-    norm: Tensor
-    lm_head: Linear
+    embedding: Tensor | None
+    norm: Tensor | None
+    head: Project | None
 
 
-class WeightReader:
-    """Reads named tensors out of one checkpoint, checking names and shapes first.
-
-    Raises CheckpointError for a missing or unreadable file, and for tensors that are missing,
-    unexpected, or of another shape than the config implies.
-    """
-
-    def __init__(self, directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._files = _open_shards(directory)
-        self.fused_experts = experts_are_fused(self._files)
-        self._shapes = expected_shapes(config, self.fused_experts)
-        self._dtype = dtype
-        self._device = device
-        self._digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
-        _check_names(set(self._files), set(self._shapes), config)
-
-    def read(self, *names: str) -> Tensor:
-        """One tensor, or several stacked along the first dimension."""
-        parts = [self._read_one(name) for name in names]
-        fused = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return fused.to(self._device, self._dtype).contiguous()
-
-    def digest(self, extra: bytes) -> str:
-        """Names config, shapes, dtypes, a sample of every tensor read so far, and `extra`."""
-        digest = self._digest.copy()
-        digest.update(hashlib.blake2b(extra).digest())
-        return digest.hexdigest()
-
-    def _read_one(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._files[name].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot read {name}: {error}") from error
-        if tuple(tensor.shape) != self._shapes[name]:
-            raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; the config implies {self._shapes[name]}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{name} is {tensor.dtype}; only floating-point weights are supported")
-        flat = tensor.flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)].to(torch.float32)
-        self._digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        self._digest.update(sample.numpy().tobytes())
-        return tensor
-
-
-def load_weights(reader: WeightReader, config: ModelConfig, on_progress: OnProgress | None = None) -> ModelWeights:
-    """Read and fuse everything. `on_progress(done, total)` counts layers, embeddings being one more."""
-    total = config.num_layers + 1
+def load_weights(files: WeightFiles, shard: Shard, links: Links, on_progress: OnProgress | None = None) -> ModelWeights:
+    """Read and fuse what `shard` holds. `on_progress(done, total)` counts layers, embeddings being one more."""
+    total = len(shard.layers) + 1
     layers = []
-    for index in range(config.num_layers):
-        layers.append(_load_layer(reader, index, config))
+    for done, index in enumerate(shard.layers, start=1):
+        layers.append(_Layer(files, index, shard, links).load())
         if on_progress is not None:
-            on_progress(index + 1, total)
-    embedding = reader.read("model.embed_tokens.weight")
-    norm = reader.read("model.norm.weight")
-    lm_head = embedding if config.tied_embeddings else reader.read("lm_head.weight")
+            on_progress(done, total)
+    embedding = files.read(("model.embed_tokens.weight",)) if shard.is_first else None
+    norm = files.read(("model.norm.weight",)) if shard.is_last else None
+    head = _load_head(files, shard, links, embedding) if shard.is_last else None
     if on_progress is not None:
         on_progress(total, total)
-    return ModelWeights(embedding, tuple(layers), norm, Linear(lm_head, None))
+    return ModelWeights(tuple(layers), embedding, norm, head)
 
 
-class _LayerReader:
-    """Reads the tensors of one layer, by their names below it."""
+def _load_head(files: WeightFiles, shard: Shard, links: Links, embedding: Tensor | None) -> Project:
+    name = "model.embed_tokens.weight" if shard.config.tied_embeddings else "lm_head.weight"
+    if links.gather is None:
+        tied = embedding if shard.config.tied_embeddings else None
+        return Linear(files.read((name,)) if tied is None else tied, None)
+    tokens = shard.vocabulary
+    weight = files.read((name, tokens))
+    filled_up = weight.new_zeros(len(tokens), weight.shape[1])
+    filled_up[: len(weight)] = weight
+    return Then(Linear(filled_up, None), links.gather)
 
-    def __init__(self, reader: WeightReader, index: int) -> None:
-        self._reader = reader
+
+class _Layer:
+    """Loads one decoder layer. Where tensor ranks share its work, they add up what each has come to: so the
+    weights' outputs are cut first, then, in the projection that follows, the inputs."""
+
+    def __init__(self, files: WeightFiles, index: int, shard: Shard, links: Links) -> None:
+        self._files = files
+        self._index = index
         self._prefix = f"model.layers.{index}."
+        self._shard = shard
+        self._links = links
+        self._hidden = range(shard.config.hidden_size)
 
-    def tensor(self, name: str) -> Tensor:
-        return self._reader.read(self._prefix + name)
+    def load(self) -> LayerWeights:
+        config = self._shard.config
+        queries, keys = self._elements(self._shard.query_heads), self._elements(self._shard.kv_heads)
+        qkv = [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)]
+        output = self._input_cut("self_attn.o_proj", queries, biased=config.output_bias)
+        return LayerWeights(
+            input_norm=self._read("input_layernorm.weight"),
+            qkv=self._output_cut(*qkv, biased=config.qkv_bias),
+            q_norm=self._read("self_attn.q_norm.weight") if config.qk_norm else None,
+            k_norm=self._read("self_attn.k_norm.weight") if config.qk_norm else None,
+            output=self._added_up(output),
+            mlp_norm=self._read("post_attention_layernorm.weight"),
+            mlp=self._added_up(self._feed_forward()),
+        )
 
-    def linear(self, *names: str, biased: bool = False) -> Linear:
-        """Projections of the same rows, as one."""
-        weight = self._reader.read(*(f"{self._prefix}{name}.weight" for name in names))
-        bias = self._reader.read(*(f"{self._prefix}{name}.bias" for name in names)) if biased else None
-        return Linear(weight, bias)
+    def _elements(self, heads: range) -> range:
+        dim = self._shard.config.head_dim
+        return range(heads.start * dim, heads.stop * dim)
 
-    def linears(self, name: str) -> list[Linear]:
-        """One per expert, out of a tensor that holds them all."""
-        return [Linear(weight, None) for weight in self.tensor(name)]
+    def _added_up(self, partial: Project) -> Project:
+        return partial if self._links.add_up is None else Then(partial, self._links.add_up)
 
+    def _feed_forward(self) -> FeedForward:
+        config = self._shard.config
+        experts = config.experts_of(self._index)
+        if experts is not None:
+            return self._mixture(experts)
+        inner = self._shard.part(config.intermediate_size)
+        gate_up = self._output_cut(("mlp.gate_proj", inner), ("mlp.up_proj", inner), biased=config.mlp_bias)
+        return SwiGLU(gate_up, self._input_cut("mlp.down_proj", inner, biased=config.mlp_bias))
 
-def _load_layer(reader: WeightReader, index: int, config: ModelConfig) -> LayerWeights:
-    layer = _LayerReader(reader, index)
-    experts = config.experts_of(index)
-    if experts is None:
-        gate_up = layer.linear("mlp.gate_proj", "mlp.up_proj", biased=config.mlp_bias)
-        mlp: FeedForward = SwiGLU(gate_up, layer.linear("mlp.down_proj", biased=config.mlp_bias))
-    elif reader.fused_experts:
-        mlp = _load_fused_experts(layer, experts)
-    else:
-        mlp = _load_experts(layer, config.architecture, experts)
-    return LayerWeights(
-        input_norm=layer.tensor("input_layernorm.weight"),
-        qkv=layer.linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", biased=config.qkv_bias),
-        q_norm=layer.tensor("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm=layer.tensor("self_attn.k_norm.weight") if config.qk_norm else None,
-        output=layer.linear("self_attn.o_proj", biased=config.output_bias),
-        mlp_norm=layer.tensor("post_attention_layernorm.weight"),
-        mlp=mlp,
-    )
+    def _mixture(self, config: ExpertsConfig) -> MixtureOfExperts:
+        shard = self._shard
+        inner = range(config.intermediate_size) if shard.spreads_experts else shard.part(config.intermediate_size)
+        if self._files.fused_experts:
+            gate = FUSED_ROUTER
+            experts = [self._fused_expert(expert, inner, config) for expert in shard.experts(config)]
+        else:
+            gate = EXPERT_NAMES[shard.config.architecture].router
+            experts = [self._expert(expert, inner) for expert in shard.experts(config)]
+        compute: ComputeExperts = LocalExperts(experts)
+        if shard.spreads_experts and self._links.exchange is not None:
+            compute = SpreadExperts(shard.layout.data_parallel, self._links.exchange, compute)
+        column = shard.column_experts(config)
+        if len(column) < config.num_experts:
+            compute = ColumnOfExperts(column, compute)
+        router = Router(Linear(self._read(f"{gate}.weight"), None), config.per_token, config.normalized)
+        return MixtureOfExperts(router, config.num_experts, compute)
 
+    def _expert(self, expert: int, inner: range) -> SwiGLU:
+        names = EXPERT_NAMES[self._shard.config.architecture]
+        gate, up = names.gate_up_of(expert)
+        return SwiGLU(self._output_cut((gate, inner), (up, inner)), self._input_cut(names.down_of(expert), inner))
 
-def _load_experts(layer: _LayerReader, architecture: str, config: ExpertsConfig) -> MixtureOfExperts:
-    names = EXPERT_NAMES[architecture]
-    experts = [
-        SwiGLU(layer.linear(*names.gate_up_of(expert)), layer.linear(names.down_of(expert)))
-        for expert in range(config.num_experts)
-    ]
-    return _mixture(layer.linear(names.router), experts, config)
+    def _fused_expert(self, expert: int, inner: range, config: ExpertsConfig) -> SwiGLU:
+        size, name = config.intermediate_size, self._prefix + FUSED_GATE_UP
+        up = range(size + inner.start, size + inner.stop)
+        gate_up = self._files.read((name, expert, inner), (name, expert, up))
+        down = self._files.read((self._prefix + FUSED_DOWN, expert, self._hidden, inner))
+        return SwiGLU(Linear(gate_up, None), Linear(down, None))
 
+    def _read(self, name: str) -> Tensor:
+        return self._files.read((self._prefix + name,))
 
-def _load_fused_experts(layer: _LayerReader, config: ExpertsConfig) -> MixtureOfExperts:
-    pairs = zip(layer.linears(FUSED_GATE_UP), layer.linears(FUSED_DOWN), strict=True)
-    return _mixture(layer.linear(FUSED_ROUTER), [SwiGLU(gate_up, down) for gate_up, down in pairs], config)
+    def _output_cut(self, *parts: tuple[str, range], biased: bool = False) -> Linear:
+        """Projections of the same rows, as one: those of their outputs that are given."""
 
+        def read(suffix: str) -> Tensor:
+            named: list[Part] = [(f"{self._prefix}{name}.{suffix}", outputs) for name, outputs in parts]
+            return self._files.read(*named)
 
-def _mixture(gate: Linear, experts: list[SwiGLU], config: ExpertsConfig) -> MixtureOfExperts:
-    router = Router(gate, config.per_token, config.normalized)
-    return MixtureOfExperts(router, config.num_experts, LocalExperts(experts))
+        return Linear(read("weight"), read("bias") if biased else None)
 
-
-def _open_shards(directory: Path) -> dict[str, Any]:
-    """The open file that holds each tensor, by tensor name."""
-    files: dict[str, Any] = {}
-    for path in _shard_paths(directory):
-        if not path.is_file():
-            raise CheckpointError(f"{directory} lacks {path.name}")
-        try:
-            shard: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
-        files |= dict.fromkeys(shard.keys(), shard)
-    return files
-
-
-def _shard_paths(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if not index.exists():
-        return [directory / _SINGLE]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {index}: {error!r}") from error
-    if any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise CheckpointError(f"{index} points outside its directory")
-    return [directory / name for name in sorted(names)]
-
-
-def _check_names(found: set[str], expected: set[str], config: ModelConfig) -> None:
-    # Old checkpoints store rotary tables, and tied ones may store the shared matrix twice.
-    redundant = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    if config.tied_embeddings:
-        redundant.add("lm_head.weight")
-    for names, problem in ((expected - found, "lacks"), (found - expected - redundant, "has unexpected")):
-        if names:
-            listed = ", ".join(sorted(names)[:5])
-            raise CheckpointError(f"the checkpoint {problem} {len(names)} tensors for its config: {listed}")
+    def _input_cut(self, name: str, inputs: range, biased: bool = False) -> Linear:
+        """A projection of the inputs given. One of the tensor ranks has the bias, since their results are added."""
+        weight = self._files.read((f"{self._prefix}{name}.weight", self._hidden, inputs))
+        return Linear(weight, self._read(f"{name}.bias") if biased and self._shard.tensor_rank == 0 else None)

@@ -1,0 +1,72 @@
+"""What becomes of an engine's step, and of an engine that breaks down."""
+
+from __future__ import annotations
+
+import queue
+
+import pytest
+
+from diptych.core.actions import RunStep
+from diptych.core.errors import EngineCorrupt, EngineLost, ServingError
+from diptych.core.events import StepFailed
+from diptych.core.fleet import ModelInfo
+from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.ports import AllocateKV, OnLayer
+from diptych.core.request import SampledToken
+from diptych.core.sequence import Batch
+from diptych.engine.scripted import ScriptedModel
+from diptych.worker.step_runner import StepRunner
+
+
+class FailingEngine:
+    """Fails every step in the same way."""
+
+    model: ModelInfo = ScriptedModel().info
+    layout: KVLayout = ScriptedModel().layout
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> tuple[KVMemory, ...]:
+        return ()
+
+    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+        raise self._error
+
+    def forget(self, request_id: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def outcome_of(error: Exception) -> object:
+    """What a runner reports, or gives up with."""
+    outcomes: queue.SimpleQueue[object] = queue.SimpleQueue()
+    runner = StepRunner(FailingEngine(error), lambda *_: None, outcomes.put, outcomes.put)
+    runner.start()
+    runner.run(RunStep(Batch(())))
+    outcome = outcomes.get(timeout=10)
+    runner.stop()
+    assert outcomes.empty()
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (ServingError("why"), StepFailed("serving_failed", "why")),
+        (ValueError("why"), StepFailed("engine_failed", "ValueError: why")),
+    ],
+)
+def test_a_step_that_fails_is_reported(error: Exception, outcome: StepFailed) -> None:
+    assert outcome_of(error) == outcome
+
+
+def test_a_step_that_is_corrupt_names_its_requests() -> None:
+    outcome = outcome_of(EngineCorrupt(("a", "b")))
+    assert isinstance(outcome, StepFailed)
+    assert (outcome.code, outcome.request_ids) == ("engine_corrupt", ("a", "b"))
+
+
+def test_an_engine_that_is_lost_is_given_up() -> None:
+    error = EngineLost("rank 1 has ended")
+    assert outcome_of(error) is error
