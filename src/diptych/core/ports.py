@@ -1,17 +1,17 @@
 """The ports: narrow protocols between policy-driven shells and what they drive.
 
-`Engine` is per step, `PageWriter` moves KV bytes, `Dispatcher` is what the front needs of the router.
-The first two ship with their fakes, `engine.scripted` and `transfer.faulty`. (`Backend`, per worker,
-arrives with the adapters for upstream engines.)
+`Engine` is per step (its fake is `engine.scripted`), `PageSource` is where KV bytes are read, `Dispatcher` is
+what the front needs of the router. How bytes are moved is `transfer.writers.PageWriter`, with `transfer.faulty`
+to spoil them. (`Backend`, per worker, arrives with the adapters for upstream engines.)
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from diptych.core.fleet import ModelInfo, Route, RouterStats, WorkerView
-from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer
+from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.core.request import Request, SampledToken, TokenOutput
 from diptych.core.sequence import Batch
 from diptych.core.timeline import Timeline
@@ -74,17 +74,6 @@ class PageSource(Protocol):
 
     def layer(self, index: int) -> memoryview:
         """The bytes of one layer: num_blocks * block_bytes of them."""
-        ...
-
-
-class PageWriter(Protocol):
-    """How pages get from the source's KV memory into the target's. Implemented by `transfer.writers`;
-    `transfer.faulty` spoils them on purpose."""
-
-    def write(self, transfer: LayerTransfer, source: PageSource) -> Sequence[memoryview]:
-        """Move one layer's ranges. Returns the bytes that must travel in the frame itself, in order of
-        the ranges: all of them over TCP, none with mapped memory (already in place when this returns).
-        Raises TransferError, having written nothing, if a range lies outside the memory."""
         ...
 
 
