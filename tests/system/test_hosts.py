@@ -82,9 +82,16 @@ def check_answers(server: Server, number: int) -> None:
     soon(lambda: is_idle(server), "all blocks are given back")
 
 
+def far_serves(server: Server, above: int = 0) -> int:
+    """Wait until `far` gets split requests (one that has died before is tried out first); returns its epoch."""
+    epoch = ready(server, "far", above)
+    soon(lambda: server.complete(PROMPT, "split", max_tokens=4).route == ROUTE, "it is trusted")
+    return epoch
+
+
 def test_answers_across_hosts_are_exact(hosts: Hosts, server: Server) -> None:
     with hosts.worker():
-        ready(server, "far")
+        far_serves(server)
         assert {name: worker["role"] for name, worker in server.fleet().items()} == {
             "far": "decode",
             "prefill-0": "prefill",
@@ -95,7 +102,7 @@ def test_answers_across_hosts_are_exact(hosts: Hosts, server: Server) -> None:
 @pytest.mark.fault(32)
 def test_a_worker_that_is_killed_is_missed_and_comes_back_in_a_new_life(hosts: Hosts, server: Server) -> None:
     with hosts.worker() as process:
-        epoch = ready(server, "far")
+        epoch = far_serves(server)
         with server.stream(PROMPT, "split", max_tokens=400) as stream:
             assert stream.route == ROUTE
             token_ids = [next(stream.token_ids) for _ in range(5)]
@@ -105,15 +112,14 @@ def test_a_worker_that_is_killed_is_missed_and_comes_back_in_a_new_life(hosts: H
     soon(lambda: list(server.fleet()) == ["prefill-0"], "it is missed")
     assert server.complete(PROMPT, max_tokens=5).route == "local=prefill-0"
     with hosts.worker():
-        ready(server, "far", above=epoch)
-        soon(lambda: server.complete(PROMPT, "split", max_tokens=4).route == ROUTE, "it is trusted again")
+        far_serves(server, above=epoch)
         check_answers(server, 8)
 
 
 @pytest.mark.fault(37)
 def test_a_worker_that_leaves_finishes_its_streams(hosts: Hosts, server: Server) -> None:
     with hosts.worker() as process:
-        ready(server, "far")
+        far_serves(server)
         with server.stream(PROMPT, "split", max_tokens=300) as stream:
             token_ids = [next(stream.token_ids)]
             process.terminate()
