@@ -35,7 +35,8 @@ if __name__ == "__main__":
             process.start()
             pulled = target.pull("s1", timeout=60)
             last = pulled.layer(3)  # [block, K or V, head, slot, head_dim]
-            print(f"{pulled.num_tokens} tokens in blocks {pulled.blocks}; last layer: {last[0].mean((0, 2, 3))}")
+            by_head = last[0].mean((0, 2, 3))
+            print(f"{pulled.num_tokens} tokens in blocks {pulled.blocks}; last layer by head: {by_head}")
             print(f"decode goes on from token {pulled.token.token_id}: {pulled.payload.decode()}")
             target.release("s1")
             process.join()
