@@ -19,7 +19,7 @@ from diptych.core.fleet import Role, WorkerState, WorkerView
 from diptych.core.kv_layout import PrivateMemory
 from diptych.core.request import Request
 from diptych.core.ticket import TicketClaims
-from diptych.engine.scripted import ScriptedEngine, ScriptedModel
+from diptych.engine.scripted import ScriptedEngine, ScriptedModel, expected_tokens
 from diptych.policy.batching import BatchLimits
 from diptych.policy.block_pool import BlockPool
 from diptych.policy.data_parallel import DataParallelPolicy
@@ -293,6 +293,14 @@ class World:
 
     def to_worker(self, worker_id: str, event: on.WorkerEvent) -> None:
         self.send("router", worker_id, lambda: self.workers[worker_id].handle(event))
+
+    def check_answered(self, request: Request) -> None:
+        """Run to the end: a request of the usual model has all of its tokens, the right ones, and nothing is left."""
+        self.run()
+        assert not self.errors
+        right = expected_tokens(request.prompt_token_ids, request.sampling.max_tokens, request.sampling, MODEL)
+        assert self.tokens[request.request_id] == right
+        self.check_clean()
 
     def check_clean(self) -> None:
         """Nothing is left anywhere."""

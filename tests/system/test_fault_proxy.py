@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,17 +22,10 @@ SLICE = (
 
 
 @pytest.fixture(scope="module")
-def directory() -> Iterator[Path]:
-    """With a short name, since addresses of Unix sockets are short."""
-    with tempfile.TemporaryDirectory(prefix="link-") as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def outcomes(directory: Path) -> dict[str, Outcome]:
+def outcomes(short_directory: Path) -> dict[str, Outcome]:
     """All cases of the slice, several at a time."""
     cases = {case.name: case for case in link_cases()}
-    results = asyncio.run(run_all([cases[name] for name in SLICE], 4, directory))
+    results = asyncio.run(run_all([cases[name] for name in SLICE], 4, short_directory))
     return {outcome.name: outcome for outcome in results}
 
 
@@ -49,8 +40,8 @@ def test_names_tell_cases_apart() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_a_fault_that_strikes_nothing_is_a_violation(directory: Path) -> None:
+def test_a_fault_that_strikes_nothing_is_a_violation(short_directory: Path) -> None:
     """The cases can fail."""
     never = LinkCase("data", Spoil(Fault.FLIP, after=1 << 30))
-    [outcome] = asyncio.run(run_all([never], 1, directory / "never"))
+    [outcome] = asyncio.run(run_all([never], 1, short_directory / "never"))
     assert outcome.violation == "nothing was spoiled"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,18 +26,11 @@ SLICE = (
 
 
 @pytest.fixture(scope="module")
-def directory() -> Iterator[Path]:
-    """With a short name, since addresses of Unix sockets are short."""
-    with tempfile.TemporaryDirectory(prefix="kill-") as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def outcomes(directory: Path) -> dict[str, Outcome]:
+def outcomes(short_directory: Path) -> dict[str, Outcome]:
     """All cells of the slice, several at a time."""
     cells = {cell.name: cell for cell in (*phase_cells(), *boundary_cells())}
     wanted = [cells[name] for name in SLICE]
-    return {outcome.name: outcome for outcome in asyncio.run(run_all(wanted, PARALLEL, directory))}
+    return {outcome.name: outcome for outcome in asyncio.run(run_all(wanted, PARALLEL, short_directory))}
 
 
 @pytest.mark.fault(29, 30, 31, 32, 34, 36, 37)
@@ -57,9 +48,9 @@ def test_the_matrix_is_whole() -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_phase_that_never_comes_is_a_violation(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phase_that_never_comes_is_a_violation(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix can fail."""
     monkeypatch.setattr("diptych.bench.faults.kill_matrix.PHASE_SECONDS", 3.0)
     nowhere = Phase("nowhere", "prefill", "no.such.place")
-    [outcome] = asyncio.run(run_all([Cell(nowhere, "prefill", signal.SIGKILL)], 1, directory / "never"))
+    [outcome] = asyncio.run(run_all([Cell(nowhere, "prefill", signal.SIGKILL)], 1, short_directory / "never"))
     assert outcome.violation == "the phase was never reached"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transfer_harness import (
     NUM_BLOCKS,
     SOCKET_TRANSPORTS,
     TOKEN,
+    Gate,
     Inbox,
     claims_for,
     page_digests,
@@ -23,14 +23,13 @@ from transfer_harness import (
 
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint
-from diptych.core.kv_layout import KVMemory, LayerTransfer
+from diptych.core.kv_layout import KVMemory
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_transfer
 from diptych.transfer import frames, sender, streams
 from diptych.transfer.memory import SharedMemory
-from diptych.transfer.pieces import Piece
 from diptych.transfer.sender import Identity, PushLink, WrapWriter
-from diptych.transfer.writers import PageWriter, Payload
+from diptych.transfer.writers import PageWriter
 from diptych.wire.blocking import BlockingConnection, accept, listening_socket
 from diptych.wire.messages import WIRE_VERSION
 
@@ -330,34 +329,13 @@ def test_an_endpoint_on_another_machine_is_a_lost_link() -> None:
     link.end()
 
 
-class GatedWriter:
-    """Says when a write has begun and finishes it when it may."""
-
-    def __init__(self, writer: PageWriter) -> None:
-        self._writer = writer
-        self.begun, self.may_go_on = threading.Event(), threading.Event()
-
-    def needs_staging(self, piece: Piece) -> bool:
-        return self._writer.needs_staging(piece)
-
-    def write(
-        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
-    ) -> Payload:
-        self.begun.set()
-        assert self.may_go_on.wait(20)
-        return self._writer.write(transfer, piece, layer, staged)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 @contextlib.contextmanager
-def writing(directory: Path) -> Iterator[tuple[Encounter, GatedWriter, TicketClaims]]:
+def writing(directory: Path) -> Iterator[tuple[Encounter, Gate, TicketClaims]]:
     """A source in the middle of a write to mapped memory."""
-    gates: list[GatedWriter] = []
+    gates: list[Gate] = []
 
     def wrap(writer: PageWriter) -> PageWriter:
-        gates.append(GatedWriter(writer))
+        gates.append(Gate(writer))
         return gates[0]
 
     with encounter("shm", directory, wrap) as made:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from raw_source import RawSource, Sendable
-from transfer_harness import KEY, LAYOUT, TOKEN, TRANSPORTS, World, claims_for, world
+from transfer_harness import KEY, LAYOUT, TOKEN, TRANSPORTS, Gate, World, claims_for, world
 
 from diptych.core.events import (
     HandoffComplete,
@@ -21,12 +20,11 @@ from diptych.core.events import (
     PushStopped,
     WriterGone,
 )
-from diptych.core.kv_layout import LayerTransfer, SequenceKV
+from diptych.core.kv_layout import SequenceKV
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_resharding
 from diptych.transfer import frames, peer, pieces
-from diptych.transfer.pieces import Piece
-from diptych.transfer.writers import PageWriter, Payload
+from diptych.transfer.writers import PageWriter
 from diptych.wire.blocking import dial
 from diptych.wire.codec import encode_frame
 
@@ -204,28 +202,6 @@ def test_a_link_whose_second_connection_is_cut_is_lost(transport: str, tmp_path:
         link.abandon("r1", claims)
         events.append(made.at_source.next())
         assert PushStopped("r1") in events
-
-
-class Gate:
-    """A writer whose first write takes until it may go on."""
-
-    def __init__(self, writer: PageWriter) -> None:
-        self._writer = writer
-        self.begun, self.may_go_on = threading.Event(), threading.Event()
-
-    def needs_staging(self, piece: Piece) -> bool:
-        return self._writer.needs_staging(piece)
-
-    def write(
-        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
-    ) -> Payload:
-        if not self.begun.is_set():
-            self.begun.set()
-            assert self.may_go_on.wait(20)
-        return self._writer.write(transfer, piece, layer, staged)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 @each_transport

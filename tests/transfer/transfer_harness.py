@@ -6,13 +6,14 @@ import contextlib
 import os
 import queue
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diptych.core.fleet import KVEndpoint
-from diptych.core.kv_layout import KVLayout, KVMemory, SequenceKV
+from diptych.core.kv_layout import KVLayout, KVMemory, LayerTransfer, SequenceKV
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.policy.resharding import plan_resharding
@@ -20,8 +21,10 @@ from diptych.transfer import frames
 from diptych.transfer.digest import unit_digests
 from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.memory import SharedMemory, memory_bytes
+from diptych.transfer.pieces import Piece
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.sender import Identity, PushLink, WrapWriter
+from diptych.transfer.writers import PageWriter, Payload
 from diptych.wire.blocking import BlockingConnection, dial
 from diptych.wire.messages import WIRE_VERSION
 
@@ -228,3 +231,25 @@ class ScriptedSource:
         self.hang_up()
         for descriptor in self._descriptors:
             os.close(descriptor)
+
+
+class Gate:
+    """A writer whose first write takes until it may go on."""
+
+    def __init__(self, writer: PageWriter) -> None:
+        self._writer = writer
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def needs_staging(self, piece: Piece) -> bool:
+        return self._writer.needs_staging(piece)
+
+    def write(
+        self, transfer: LayerTransfer, piece: Piece, layer: memoryview, staged: memoryview | None = None
+    ) -> Payload:
+        if not self.begun.is_set():
+            self.begun.set()
+            assert self.may_go_on.wait(20)
+        return self._writer.write(transfer, piece, layer, staged)
+
+    def close(self) -> None:
+        self._writer.close()
