@@ -47,10 +47,13 @@ class RawSource:
         self.connection: BlockingConnection[frames.FromTarget] = (
             endpoint.dial() if isinstance(endpoint, LocalEndpoint) else dial(endpoint.address, key, frames.FromTarget)
         )
+        self.joined = False  # by leave of the target
         self.sent: dict[bytes, int] = {}  # frames of pages, by nonce
         if joins is not None:
             self.sent, self.welcome = joins.sent, joins.welcome
             self.connection.send(frames.Join(joins.welcome.link))
+            with contextlib.suppress(ConnectionError):
+                self.joined = self.connection.receive(20) == frames.Joined()
             return
         layout = world.source.layout if layout is None else layout
         self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, "model", False))

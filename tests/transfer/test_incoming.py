@@ -80,12 +80,33 @@ def test_complete_means_every_unit_of_every_layer(data: st.DataObject) -> None:
     assert book.counts["duplicate pages"] == 0
     if len(arrived) == len(everything):
         assert ending is Ending.COMPLETE
+        assert book.enter(pages(), WRITER) is ticket
+        assert not ticket.wanted  # what comes now must not be written
+        assert book.leave(ticket) is None
+        assert book.reported(ticket) is None
         assert book.enter(pages(), WRITER) is None  # used up
     else:
         assert ending is Ending.INCOMPLETE
+        assert book.reported(ticket) is not Ending.COMPLETE
         for layer, group in arrived:
             arrive(book, pages(layer, group))
         assert book.counts["duplicate pages"] == len(arrived)
+
+
+def test_nothing_ends_before_it_is_reported_what_came_of_it() -> None:
+    """Or a report about one ticket could be taken for one about the next of the same request."""
+    for whole in (True, False):
+        book, ticket = begun()
+        arrived = [(layer, group) for layer in range(LAYERS) for group in (1, 2, 3)][not whole :]
+        for layer, group in arrived:
+            arrive(book, pages(layer, group))
+        assert book.close(closing(len(arrived)), WRITER)[1] is (Ending.COMPLETE if whole else Ending.INCOMPLETE)
+        assert book.revoke("r1") == (ticket, WRITER)
+        assert book.stop(STOPPED, WRITER) == (ticket, None)
+        assert not ticket.released
+        assert book.reported(ticket) is Ending.STOPPED
+        assert ticket.released
+        assert book.revoke("r1") == (None, None)
 
 
 def test_nothing_ends_while_a_thread_is_at_work() -> None:

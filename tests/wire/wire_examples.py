@@ -63,6 +63,7 @@ FROM_TARGET: list[frames.FromTarget] = [
     frames.NixlWelcome(b"metadata", (1 << 40, 1 << 41), 1 << 42),
     frames.Probed(),
     frames.Refused("another model"),
+    frames.Joined(),
     frames.Go("r1", b"nonce"),
     frames.Accepted("r1", b"nonce"),
     frames.Rejected("r1", b"nonce", "kv_corrupt", "pages of layer 1 are corrupt"),

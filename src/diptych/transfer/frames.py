@@ -16,10 +16,11 @@
                                        ←       Cancel              the target does not want it any more
       Stopped                          →                           the source will not write for it again
 
-A source may open further connections, each with a `Join`, and spread its `Pages` over all of them; the target
-answers on the first one. So that nothing depends on which connection is faster, `Close` says how many `Pages`
-there are for the request, and counts when the target is done with them. `Stopped` counts when no thread of the
-target is at work on a frame of the request any more (what comes later is turned away).
+A source may open further connections, each with a `Join` that is answered by `Joined` there, and spread its
+`Pages` over all of them; the target's other answers come over the first one. So that nothing depends on which
+connection is faster, `Close` says how many `Pages` there are for the request, and counts when the target is done
+with them. `Stopped` counts when no thread of the target is at work on a frame of the request any more (what comes
+later is turned away).
 
 `Begin` and `Go` are what makes it safe to take a block back: a ticket that nobody has begun can be
 revoked at once, and one that somebody has begun is in quarantine until `Stopped` or the connection's end.
@@ -83,6 +84,10 @@ class Join(Message, frozen=True):
     """First message of a further connection."""
 
     link: bytes
+
+
+class Joined(Message, frozen=True):
+    """From now on the link is not over before this connection has ended, too: only now may its thread write."""
 
 
 class Begin(Message, frozen=True):
@@ -152,4 +157,4 @@ class Cancel(Message, frozen=True):
 SCRATCH_BYTES = 1 << 20
 
 FromSource = PushHello | Join | Probe | Begin | Pages | Close | Stopped
-FromTarget = PushWelcome | NixlWelcome | Refused | Probed | Go | Accepted | Rejected | Cancel
+FromTarget = PushWelcome | NixlWelcome | Refused | Probed | Joined | Go | Accepted | Rejected | Cancel

@@ -136,6 +136,8 @@ class Peer:
         try:
             if connection is self._first:
                 self._welcome()
+            else:
+                connection.send(frames.Joined())
             stream = _Stream(connection, self._target, mapped=self._mapped, inline=self._wants_nixl or not self._mapped)
             while (frame := connection.receive()) is not None:
                 self._take(frame, stream)
@@ -256,10 +258,16 @@ class Peer:
         if ending is Ending.STOPPED:
             self._gone(ticket, "handoff_abandoned", f"{self.name} has given the hand-off up")
         elif ending is Ending.INCOMPLETE:
-            self._fail(ticket, TransferError("the hand-off was closed before all pages had arrived"))
+            try:
+                self._fail(ticket, TransferError("the hand-off was closed before all pages had arrived"))
+            finally:
+                self._ended(ticket, self._book.reported(ticket))
         elif closing is not None:
-            self._report(HandoffComplete(request_id, closing.token, closing.payload))
-            failpoint("receive.complete")
+            try:
+                self._report(HandoffComplete(request_id, closing.token, closing.payload))
+                failpoint("receive.complete")
+            finally:
+                self._ended(ticket, self._book.reported(ticket))
             self._tell(frames.Accepted(request_id, closing.nonce))
 
     def _gone(self, ticket: Incoming, code: str, message: str) -> None:

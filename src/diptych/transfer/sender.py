@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diptych.chaos.failpoints import failpoint
-from diptych.core.errors import PeerError, TransferError
+from diptych.core.errors import HandshakeError, PeerError, ProtocolError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import WorkerId
 from diptych.core.kv_layout import LayerTransfer, TransferPlan
@@ -146,9 +146,25 @@ class PushLink:
             push.stopping = True
         self._queue(push, _nothing)
 
-    def end(self) -> None:
-        """Hang up and end the threads. Requests that are neither over nor abandoned hear that the link is lost."""
+    def carries(self, claims: TicketClaims) -> bool:
+        """Whether this ticket's push began here, and has not ended."""
+        with self._lock:
+            push = self._pushes.get(claims.request_id)
+            return push is not None and push.claims.nonce == claims.nonce
+
+    @property
+    def ended(self) -> bool:
+        """Whether all threads are done with their last jobs."""
+        return self._ended
+
+    def hang_up(self) -> None:
+        """Have the threads end, each after its job, and do not wait for that. Requests that are neither over nor
+        abandoned hear that the link is lost."""
         self._lose(TransferError("it was ended here"))
+
+    def end(self) -> None:
+        """Hang up, and wait for the threads to end."""
+        self.hang_up()
         for thread in self._threads:
             thread.join()
 
@@ -236,22 +252,26 @@ class PushLink:
             connection.close()
             raise
         stream.connection = connection
-        self._reader = threading.Thread(
-            target=self._read_answers, args=(connection,), name=f"answers of {self.target}", daemon=True
+        reading = functools.partial(self._read_answers, connection)
+        reader = threading.Thread(
+            target=self._guarded, args=(reading, stream), name=f"answers of {self.target}", daemon=True
         )
-        self._reader.start()
+        reader.start()
+        self._reader = reader
         for further in self._streams[1:]:
-            with self._lock:
-                self._working += 1
             thread = threading.Thread(
                 target=self._follow, args=(further, welcome.link), name=f"push to {self.target}", daemon=True
             )
+            with self._lock:  # the thread cannot end before it is counted
+                thread.start()
+                self._working += 1
             self._threads.append(thread)
-            thread.start()
 
     def _join(self, link: bytes, stream: Stream) -> None:
         stream.connection = connect(self._endpoint, self._identity)
         stream.send(frames.Join(link))
+        if not isinstance(stream.connection.receive(STALL_SECONDS), frames.Joined):
+            raise HandshakeError(f"worker {self.target} did not let a further connection join")
 
     def _do(self, push: _Push, job: Callable[[_Push, Stream], None], stream: Stream) -> None:
         """One job of a push. Whoever does its last one says that it has stopped, if it is to stop."""
@@ -285,10 +305,11 @@ class PushLink:
             raise TransferError(f"worker {self.target} does not answer")
 
     def _may_go_on(self, push: _Push) -> bool:
-        """Whether this push is still wanted, once it has begun."""
-        if not push.over:
+        """Whether this push is still wanted, once it has begun. On a lost link nothing is: its connections may have
+        ended, and with them the right to write."""
+        if not (push.over or self.lost):
             self._begin(push)
-        return not push.over
+        return not (push.over or self.lost)
 
     def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
         if not self._may_go_on(push):
@@ -310,18 +331,15 @@ class PushLink:
 
     # the reader thread
 
-    def _read_answers(self, connection: Connection) -> None:
-        try:
-            while (answer := connection.receive()) is not None:
-                self._take(answer)
-            error: Exception = TransferError(f"worker {self.target} has closed the data connection")
-        except (OSError, PeerError) as broken:
-            error = broken
-        self._lose(error)
+    def _read_answers(self, connection: Connection, stream: Stream) -> None:
+        while (answer := connection.receive()) is not None:
+            self._take(answer)
+        raise TransferError(f"worker {self.target} has closed the data connection")
 
     def _take(self, answer: frames.FromTarget) -> None:
-        if isinstance(answer, frames.PushWelcome | frames.Refused):
-            return
+        """Raises ProtocolError for what is no answer about a push."""
+        if not isinstance(answer, frames.Go | frames.Accepted | frames.Rejected | frames.Cancel):
+            raise ProtocolError(f"worker {self.target} said {type(answer).__name__} out of turn")
         with self._lock:
             push = self._pushes.get(answer.request_id)
             if push is not None and push.claims.nonce != answer.nonce:

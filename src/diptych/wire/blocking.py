@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import ssl
+import stat
 import struct
 import time
 from collections.abc import Sequence
@@ -238,6 +239,7 @@ def listening_socket(address: str) -> tuple[socket.socket, str]:
         return sock, str(replace(where, port=sock.getsockname()[1]))
     sock = socket.socket(socket.AF_UNIX)
     try:
+        _remove_stale(where.path)
         sock.bind(where.path)
         os.chmod(where.path, 0o600)
         sock.listen()
@@ -245,6 +247,29 @@ def listening_socket(address: str) -> tuple[socket.socket, str]:
         sock.close()
         raise
     return sock, address
+
+
+def end_listening(sock: socket.socket) -> None:
+    """Take no more callers and wake whoever waits for them. The name of a Unix socket goes before it does, so that it
+    cannot be a successor's."""
+    if sock.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):  # somebody has cleaned up already
+            os.unlink(sock.getsockname())
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the name of a Unix socket that nobody listens at any more: that of somebody who was killed."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+            with socket.socket(socket.AF_UNIX) as caller:
+                caller.setblocking(False)
+                try:
+                    caller.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)
+                except BlockingIOError:
+                    pass  # a listener that is busy
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -104,6 +104,7 @@ class DataPlane:
         )
         self._receiver = KVReceiver(target, self._report)
         self._links: dict[WorkerId, tuple[Epoch, PushLink]] = {}
+        self._ending: list[PushLink] = []  # that others have taken the place of
         # KV in device memory is out of reach of these transports: such a worker serves un-split.
         transports = settings.transports if settings.engine.device == "cpu" else ()
         self.endpoints = tuple(
@@ -127,12 +128,13 @@ class DataPlane:
     # as source
 
     def open_link(self, target: WorkerId, epoch: Epoch, endpoint: KVEndpoint) -> None:
-        """Have a link to this life of a worker: the one there is, or a new one."""
+        """Have a link to this life of a worker, or a later one: the one there is, or a new one. Never blocks."""
         known_epoch, link = self._links.get(target, (0, None))
-        if link is not None and known_epoch == epoch and not link.lost:
+        if link is not None and (known_epoch > epoch or (known_epoch == epoch and not link.lost)):
             return
         if link is not None:
-            link.end()
+            link.hang_up()
+            self._ending = [*(old for old in self._ending if not old.ended), link]
         self._links[target] = (epoch, PushLink(target, endpoint, self._identity, self._kv.memories, self._report))
 
     def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
@@ -145,11 +147,16 @@ class DataPlane:
         self._link(claims).abandon(request_id, claims)
 
     def _link(self, claims: TicketClaims) -> PushLink:
-        return self._links[claims.worker_id][1]
+        """The link on which this ticket's push began, or is to begin."""
+        began = (link for link in self._ending if link.carries(claims))
+        return next(began, self._links[claims.worker_id][1])
 
     def close(self) -> None:
         """End all links and stop taking pages in."""
         self._closed = True
-        for _, link in self._links.values():
+        links = [*self._ending, *(link for _, link in self._links.values())]
+        for link in links:
+            link.hang_up()
+        for link in links:
             link.end()
         self._receiver.close()
