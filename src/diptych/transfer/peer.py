@@ -125,11 +125,9 @@ class Peer:
             self._connections.append(connection)
 
     def end(self) -> None:
-        """Wake up all threads that wait for this source; it is over."""
+        """It is over: have all threads that wait for this source end, as soon as it cannot write any more."""
         with self._lock:
-            self._over = True
-            for connection in self._connections:
-                connection.end()
+            self._end()
 
     def serve(self, connection: Connection) -> bool:
         """Take frames until the source hangs up, or breaks the rules. True if this was its last connection."""
@@ -152,13 +150,7 @@ class Peer:
     def _hang_up(self, connection: Connection) -> bool:
         """End the link. A source that writes to our memory has to end each connection, too, before that is over."""
         with self._lock:
-            self._over = True
-            for other in self._connections:
-                with contextlib.suppress(OSError):
-                    if self._mapped:
-                        other.end_sending()
-                    else:
-                        other.end()
+            self._end()
         if self._mapped:
             with contextlib.suppress(OSError):
                 connection.drain()
@@ -172,6 +164,16 @@ class Peer:
             for ticket in self._book.writer_lost(self):
                 self._gone(ticket, "transfer_failed", f"the data connection of {self.name} ended")
         return last
+
+    def _end(self) -> None:
+        """With the lock held. A source that writes to our memory ends its connections itself, when it is done."""
+        self._over = True
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                if self._mapped:
+                    connection.end_sending()
+                else:
+                    connection.end()
 
     def cancel(self, ticket: Incoming) -> None:
         """The ticket is not wanted any more."""

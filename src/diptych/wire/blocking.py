@@ -262,14 +262,12 @@ def _remove_stale(path: str) -> None:
     """Remove the name of a Unix socket that nobody listens at any more: that of somebody who was killed."""
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-            with socket.socket(socket.AF_UNIX) as caller:
+            with socket.socket(socket.AF_UNIX) as caller, contextlib.suppress(BlockingIOError):  # there is, but busy
                 caller.setblocking(False)
                 try:
                     caller.connect(path)
                 except ConnectionRefusedError:
                     os.unlink(path)
-                except BlockingIOError:
-                    pass  # a listener that is busy
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

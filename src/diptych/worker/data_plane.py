@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from diptych.chaos.detour import detour
@@ -103,6 +104,7 @@ class DataPlane:
             nixl=_offers_nixl(settings),
         )
         self._receiver = KVReceiver(target, self._report)
+        self._revocations = ThreadPoolExecutor(1, "revocations")
         self._links: dict[WorkerId, tuple[Epoch, PushLink]] = {}
         self._ending: list[PushLink] = []  # that others have taken the place of
         # KV in device memory is out of reach of these transports: such a worker serves un-split.
@@ -123,7 +125,8 @@ class DataPlane:
         self._receiver.expect(claims)
 
     def revoke(self, request_id: str) -> None:
-        self._receiver.revoke(request_id)
+        """Accept nothing more for this request. Never blocks, as telling a source that does not read may."""
+        self._revocations.submit(self._receiver.revoke, request_id)
 
     # as source
 
@@ -151,12 +154,14 @@ class DataPlane:
         began = (link for link in self._ending if link.carries(claims))
         return next(began, self._links[claims.worker_id][1])
 
-    def close(self) -> None:
-        """End all links and stop taking pages in."""
+    def close(self) -> bool:
+        """End all links and stop taking pages in. False if somebody might still write to the KV memory."""
         self._closed = True
         links = [*self._ending, *(link for _, link in self._links.values())]
         for link in links:
             link.hang_up()
         for link in links:
             link.end()
-        self._receiver.close()
+        quiet = self._receiver.close()
+        self._revocations.shutdown()
+        return quiet

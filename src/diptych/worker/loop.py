@@ -120,12 +120,13 @@ class WorkerLoop:
             self.handle(Tick())
             self._channel.send(messages.Heartbeat(self._policy.stats()))
 
-    async def stop(self) -> None:
-        """Finish the running step, have the engine forget everybody, then close transfers."""
+    async def stop(self) -> bool:
+        """Finish the running step, have the engine forget everybody, then close transfers. False if some source might
+        still write to the KV memory."""
         for request_id in self._policy.request_ids:
             self._steps.forget(request_id)
         await self._loop.run_in_executor(None, self._steps.stop)
-        await self._loop.run_in_executor(None, self.data.close)
+        return await self._loop.run_in_executor(None, self.data.close)
 
     @property
     def idle(self) -> bool:

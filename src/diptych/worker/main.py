@@ -22,7 +22,7 @@ from typing import Any
 from diptych.chaos.failpoints import failpoint
 from diptych.core.blocks import blocks_for
 from diptych.core.clock import WallClock
-from diptych.core.errors import ConfigError, HandshakeError, PeerError
+from diptych.core.errors import ConfigError, HandshakeError, PeerError, TransferError
 from diptych.core.events import AbortRequested, PrefillRequested, ReserveRequested, ServeRequested
 from diptych.core.fleet import Manifest
 from diptych.core.kv_layout import KVLayout
@@ -108,7 +108,8 @@ def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) ->
 async def serve(
     settings: WorkerSettings, loaded: Loaded, channel: RouterChannel, leaving: Callable[[], Coroutine[Any, Any, object]]
 ) -> End:
-    """Register and serve, until the router ends it or `leaving()` does. Raises HandshakeError if refused."""
+    """Register and serve, until the router ends it or `leaving()` does. Raises HandshakeError if refused, and
+    TransferError if there must be no further life in this memory."""
     engine, kv = loaded.engine, loaded.kv
     with contextlib.closing(open_journal(settings.journal)) as journal:
         policy = _policy(settings, engine, kv)
@@ -138,12 +139,15 @@ async def serve(
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            return receiving.result() if receiving in done else End.LEFT
+            end = receiving.result() if receiving in done else End.LEFT
         finally:
             for task in tasks:
                 task.cancel()
-            await worker.stop()
+            quiet = await worker.stop()
             channel.close()
+        if end is End.ROUTER_GONE and not quiet:
+            raise TransferError("a source on this host has not let go of the KV memory, so no other life may use it")
+        return end
 
 
 def _first_failed_callback() -> asyncio.Future[None]:
