@@ -19,6 +19,7 @@ from diptych.transfer.writers import PageWriter
 from diptych.wire.blocking import listening_socket
 
 KEY = b"k" * 32
+NOTHING_SECONDS = 0.05  # long enough to notice something that should not happen
 
 
 def test_closing_waits_for_a_write_that_is_under_way(tmp_path: Path) -> None:
@@ -39,8 +40,9 @@ def test_closing_waits_for_a_write_that_is_under_way(tmp_path: Path) -> None:
         closing = threading.Thread(target=made.receiver.close)
         closing.start()
         assert isinstance(made.at_source.next(), LinkLost)
-        assert made.at_target.empty
+        closing.join(NOTHING_SECONDS)
         assert closing.is_alive()
+        assert made.at_target.empty
         gates[0].may_go_on.set()
         assert made.at_target.next().code == "transfer_failed"
         closing.join(20)
