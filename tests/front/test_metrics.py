@@ -10,7 +10,7 @@ from front_fakes import FakeDispatcher, front_app
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.core.errors import OverloadedError, ServingError
-from diptych.core.fleet import Role, RouterStats, WorkerState, WorkerView
+from diptych.core.fleet import Role, RouterStats, WorkerState, WorkerStats, WorkerView
 from diptych.telemetry.prometheus import MAX_WORKERS, ServerMetrics
 
 
@@ -62,3 +62,12 @@ def test_workers_are_bounded_and_leave_with_the_fleet() -> None:
     assert sum(key[0] == name for key in samples(metrics.render().decode())) == MAX_WORKERS
     del fleet[1:]
     assert sum(key[0] == name for key in samples(metrics.render().decode())) == 1
+
+
+def test_what_workers_turn_away_is_named() -> None:
+    stats = WorkerStats(turned_away=(("corrupt pages", 2), ("used ticket", 1)))
+    worker = WorkerView(worker_id="decode-0", role=Role.DECODE, state=WorkerState.READY, epoch=1, stats=stats)
+    found = samples(ServerMetrics(lambda: [worker], RouterStats).render().decode())
+    about = ("role", "decode"), ("worker", "decode-0")
+    for reason, count in stats.turned_away:
+        assert found["diptych_worker_turned_away", tuple(sorted((*about, ("reason", reason))))] == count

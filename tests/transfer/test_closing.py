@@ -22,6 +22,7 @@ KEY = b"k" * 32
 NOTHING_SECONDS = 0.05  # long enough to notice something that should not happen
 
 
+@pytest.mark.fault(41)
 def test_closing_waits_for_a_write_that_is_under_way(tmp_path: Path) -> None:
     """What comes next in this memory may be somebody else's."""
     gates, writing = list[Gate](), threading.Event()

@@ -50,6 +50,7 @@ class Slow(logging.Handler):
         assert self._happened.wait(20)
 
 
+@pytest.mark.fault(41)
 def test_what_is_queued_when_a_link_is_lost_is_not_written(tmp_path: Path) -> None:
     """Even if whoever noticed the loss has not come to stopping the pushes when the connections have ended."""
     witnesses: list[Witness] = []
@@ -82,6 +83,7 @@ def test_what_is_queued_when_a_link_is_lost_is_not_written(tmp_path: Path) -> No
         assert witness.late == 0
 
 
+@pytest.mark.fault(41)
 def test_a_further_connection_writes_only_when_the_target_knows_of_it(tmp_path: Path) -> None:
     """Or the link could be over for the target while that thread writes."""
     with writing(tmp_path, num_streams=2) as (made, gate, _), contextlib.closing(made.target.accept()) as second:

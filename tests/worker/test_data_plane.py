@@ -89,6 +89,7 @@ def without_waiting(call: Callable[..., Any], *arguments: Any) -> None:
     assert not thread.is_alive()
 
 
+@pytest.mark.fault(42)
 def test_a_target_that_does_not_read_is_replaced_without_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +130,7 @@ def life(listener: socket.socket) -> Iterator[BlockingConnection[Any]]:
         yield both[0]
 
 
+@pytest.mark.fault(42)
 def test_a_source_that_does_not_read_is_revoked_without_waiting(tmp_path: Path) -> None:
     with plane(tmp_path, "shm") as made:
         claims = claims_for("w", 1)

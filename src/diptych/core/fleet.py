@@ -83,6 +83,7 @@ class WorkerStats:
     decode_step_seconds: float = 0.0  # recent mean of pure decode steps; 0 while unknown
     preemptions: int = 0  # since start
     handoffs_failed: int = 0  # since start
+    turned_away: tuple[tuple[str, int], ...] = ()  # on data connections since start: (reason, how often)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

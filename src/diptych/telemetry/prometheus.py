@@ -125,6 +125,15 @@ class FleetCollector(Collector):
             for worker in workers:
                 family.add_metric([worker.worker_id, worker.role], value(worker))
             yield family
+        turned_away = GaugeMetricFamily(
+            "diptych_worker_turned_away",
+            "Pages, tickets and connections that were no good, since start",
+            labels=["worker", "role", "reason"],
+        )
+        for worker in workers:
+            for reason, count in worker.stats.turned_away[:MAX_LABELS]:
+                turned_away.add_metric([worker.worker_id, worker.role, reason], count)
+        yield turned_away
 
 
 class RouterCollector(Collector):

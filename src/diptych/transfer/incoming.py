@@ -67,6 +67,11 @@ class TicketBook:
         with self._lock:
             self.counts[reason] += 1
 
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """`counts`, now."""
+        with self._lock:
+            return tuple(sorted(self.counts.items()))
+
     def expect(self, claims: TicketClaims) -> None:
         """A ticket has been granted."""
         with self._lock:

@@ -119,6 +119,15 @@ class DataPlane:
         if not self._closed:
             self._post(event)
 
+    @property
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """What was no good, by reason, and how often."""
+        return self._receiver.book.turned_away()
+
+    def count(self, reason: str) -> None:
+        """Something was turned away before it came here."""
+        self._receiver.book.count(reason)
+
     # as target
 
     def expect(self, claims: TicketClaims) -> None:

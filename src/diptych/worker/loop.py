@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from dataclasses import replace
 
 from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
@@ -27,7 +28,7 @@ from diptych.core.actions import (
 from diptych.core.clock import Clock
 from diptych.core.errors import EngineLost
 from diptych.core.events import Tick, WorkerEvent
-from diptych.core.fleet import Manifest
+from diptych.core.fleet import Manifest, WorkerStats
 from diptych.core.ports import Engine
 from diptych.core.settings import WorkerSettings
 from diptych.core.ticket import TicketClaims
@@ -118,7 +119,7 @@ class WorkerLoop:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.handle(Tick())
-            self._channel.send(messages.Heartbeat(self._policy.stats()))
+            self._channel.send(messages.Heartbeat(self._stats()))
 
     async def stop(self) -> bool:
         """Finish the running step, have the engine forget everybody, then close transfers. False if some source might
@@ -132,13 +133,16 @@ class WorkerLoop:
     def idle(self) -> bool:
         return self._policy.idle
 
+    def _stats(self) -> WorkerStats:
+        return replace(self._policy.stats(), turned_away=self.data.turned_away)
+
     def _report(self) -> None:
         """Tell the router about changed load and cached blocks."""
         self._report_due = False
         stored, evicted = self._policy.drain_cache_events()
         if stored or evicted:
             self._channel.send(messages.KVEvents(stored, evicted))
-        stats = self._policy.stats()
+        stats = self._stats()
         if stats != self._last_stats:
             self._last_stats = stats
             self._channel.send(messages.Heartbeat(stats))

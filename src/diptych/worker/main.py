@@ -194,6 +194,7 @@ async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: Wor
                 try:
                     claims = open_ticket(ticket, settings.key)
                 except PeerError as error:
+                    worker.data.count("forged ticket")
                     channel.send(messages.Failed(request.request_id, error.code, error.message))
                     continue
                 worker.data.open_link(claims.worker_id, claims.epoch, endpoint)
