@@ -63,6 +63,17 @@ def test_where_pages_belong() -> None:
             expected.share(pages(*fields))
 
 
+def test_what_is_remembered_of_frames_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.transfer.expected.MAX_KNOWN_UNITS", 4)
+    _, ticket = begun()
+    assert ticket.expected is not None
+    for first, count in ((1, 1), (1, 2), (1, 3), (2, 2), (3, 1), (2, 1)):
+        for _ in range(2):
+            share = ticket.expected.share(pages(0, first, count))
+            assert len(share.unit_ends) == count
+    assert sum(len(ends) for _, ends, _ in ticket.expected._parts.values()) == 4
+
+
 @given(data=st.data())
 def test_complete_means_every_unit_of_every_layer(data: st.DataObject) -> None:
     book, ticket = begun()

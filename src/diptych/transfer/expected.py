@@ -13,7 +13,7 @@ from diptych.transfer.digest import DIGEST_BYTES
 from diptych.transfer.pieces import Units
 from diptych.transfer.places import Places, Span, places_of
 
-MAX_PARTS = 4096  # remembered, whatever a source sends
+MAX_KNOWN_UNITS = 1 << 17  # whose places are remembered, whatever a source sends
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Expected:
         self._groups = self._units[0].groups if self._units else range(0)
         self._places: dict[int, Places] = {}
         self._parts: dict[tuple[int, int, int], tuple[Places, list[int], list[Span] | None]] = {}
+        self._known_units = 0
         self._verified = bytearray(claims.layout.num_layers * len(self._pairs) * len(self._groups))
         self.num_missing = len(self._verified)
 
@@ -67,7 +68,8 @@ class Expected:
             places = self._places_of(frame.pair).part(units.end(first - 1), units.end(end - 1))
             ends = units.ends(range(first, end))
             known = places, ends, places.spans(ends)
-            if len(self._parts) < MAX_PARTS:
+            if self._known_units + len(ends) <= MAX_KNOWN_UNITS:
+                self._known_units += len(ends)
                 self._parts[key] = known
         return Share(rank, *known)
 
