@@ -17,6 +17,7 @@ from diptych.core.errors import ConfigError, DiptychError
 from diptych.core.fleet import Role
 from diptych.core.settings import BatchSettings, CacheSettings, CutSettings
 from diptych.cut_flags import takes_cuts
+from diptych.telemetry.logs import set_up_logging
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -117,7 +118,7 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
     from diptych import serve as composition
     from diptych.front.tenants import Tenants, read_tenants
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(logging.WARNING)
     if listen is not None and key_file is None:
         raise ConfigError("--listen needs --key-file: only who holds the same key may join")
     split = 0 if mixed else 1
@@ -187,7 +188,7 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
     from diptych.serve import engine_settings
     from diptych.worker.joining import Patience
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(logging.INFO)
     settings = composition.JoinSettings(
         role=role,
         router=join,
@@ -233,7 +234,7 @@ def worker_process() -> None:
     from diptych.core.settings import WorkerSettings
     from diptych.worker_process import run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(logging.INFO)
     run(msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerSettings))
 
 
