@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from diptych.chaos.detour import detour
@@ -135,7 +135,9 @@ class DataPlane:
 
     def revoke(self, request_id: str) -> None:
         """Accept nothing more for this request. Never blocks, as telling a source that does not read may."""
-        self._revocations.submit(self._receiver.revoke, request_id)
+        if not self._closed:
+            revoked = self._revocations.submit(self._receiver.revoke, request_id)
+            revoked.add_done_callback(Future.result)  # what went wrong is logged
 
     # as source
 
