@@ -125,7 +125,7 @@ def push(made: World, case: Case, claims: TicketClaims) -> None:
     for tokens in chunks:
         plan = plan_resharding(case.source, case.target, tokens)
         for layer in range(claims.layout.num_layers):
-            link.push(claims.request_id, claims, plan, layer)
+            link.push(claims.request_id, claims, plan, [layer])
     link.close_handoff(claims.request_id, claims, TOKEN)
 
 

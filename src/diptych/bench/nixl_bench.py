@@ -184,8 +184,7 @@ class Bench:
         blocks = range(self._case.num_blocks)
         plan = plan_transfer(LAYOUT, LAYOUT, blocks, claims.blocks, first_block=0)
         self._ask(claims)
-        for layer in range(LAYOUT.num_layers):
-            link.push(claims.request_id, claims, plan, layer)
+        link.push(claims.request_id, claims, plan, range(LAYOUT.num_layers))
         link.close_handoff(claims.request_id, claims, SampledToken(0))
         event = self._accepted.get(timeout=TIMEOUT)
         if not isinstance(event, PushAccepted):

@@ -89,8 +89,8 @@ def timed_book(records: Records) -> type[incoming.TicketBook]:
         def mark(self, ticket: incoming.Incoming, frame: frames.Pages) -> None:
             super().mark(ticket, frame)
             # Between equal layouts, a group is a block.
-            where = {"layer": frame.layer, "first_block": frame.first_group, "num_blocks": frame.num_groups}
-            records.verified.append({"request": frame.request_id, "time": time.monotonic(), **where})
+            where = {"first_block": frame.first_group, "num_blocks": frame.num_groups, "time": time.monotonic()}
+            records.verified += [{"request": frame.request_id, "layer": layer, **where} for layer in frame.layers]
 
         def leave(self, ticket: incoming.Incoming) -> incoming.Ending | None:
             return self._noted(ticket, super().leave(ticket))
