@@ -120,7 +120,7 @@ def test_an_inline_write_that_ends_in_the_middle_fails_the_handoff(tmp_path: Pat
         {"layer": -1},
         {"num_layers": 0},
         {"num_layers": -1},
-        {"num_layers": 2},
+        {"num_layers": len(LAYERS)},
         {"num_layers": len(LAYERS) + 1},
         {"num_layers": 2**62},
         {"first_group": 0},

@@ -302,7 +302,8 @@ class _Stream:
         layers = [memory.layer(layer) for layer in share.layers]
         if frame.nbytes and not places.are_long:
             digests = [frame.digests_of(layer) for layer in share.layers]
-            return all([self._receive_staged(*part, share) for part in zip(layers, digests, strict=True)])
+            found = [self._receive_staged(*part, share) for part in zip(layers, digests, strict=True)]  # all of them
+            return all(found)
         if frame.nbytes:
             self.connection.receive_scattered([view for layer in layers for view in places.views(layer)])
         return b"".join([self._digests(layer, share) for layer in layers]) == frame.digests
