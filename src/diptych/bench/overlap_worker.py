@@ -90,7 +90,7 @@ def timed_book(records: Records) -> type[incoming.TicketBook]:
             super().mark(ticket, frame)
             # Between equal layouts, a group is a block.
             where = {"first_block": frame.first_group, "num_blocks": frame.num_groups, "time": time.monotonic()}
-            records.verified += [{"request": frame.request_id, "layer": layer, **where} for layer in frame.layers]
+            records.verified.extend({"request": frame.request_id, "layer": layer, **where} for layer in frame.layers)
 
         def leave(self, ticket: incoming.Incoming) -> incoming.Ending | None:
             return self._noted(ticket, super().leave(ticket))

@@ -12,7 +12,6 @@ the time of hashing it before or later.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,15 +75,16 @@ class Piece:
 
 
 class PairPieces:
-    """The pieces of one pair of a plan. All layers share them; they are made when the first one is wanted."""
+    """The pieces of one pair of a plan. All layers share them; each is made when it is first wanted, so that the first
+    frame can leave before the last one has been thought of."""
 
     def __init__(self, units: Units, ranges: Sequence[ByteRange]) -> None:
         self._units = units
         self._ranges = ranges
+        self._sides: tuple[Places, Places] | None = None
         self._parts = units.cut(units.groups, PIECE_BYTES)
         self._per_frame = max(FRAME_BYTES // PIECE_BYTES, 1)
-        self._pieces: list[Piece] = []
-        self._lock = threading.Lock()
+        self._pieces: dict[int, Piece] = {}
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -104,22 +104,20 @@ class PairPieces:
         return [self[number] for number in range(first, min(first + self._per_frame, len(self)))]
 
     def __getitem__(self, index: int) -> Piece:
-        with self._lock:
-            if not self._pieces:
-                self._pieces = self._cut()
-            return self._pieces[index]
+        piece = self._pieces.get(index)
+        if piece is None:  # (two threads may both make it)
+            piece = self._pieces[index] = self._cut(self._parts[index])
+        return piece
 
-    def _cut(self) -> list[Piece]:
-        spans = [(span.source_offset, span.target_offset, span.length) for span in self._ranges]
-        source, target, lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-        sides = Places(source, lengths), Places(target, lengths)
-        pieces = []
-        for groups in self._parts:
-            start, stop = self._units.end(groups.start - 1), self._units.end(groups.stop - 1)
-            ours, theirs = (side.part(start, stop) for side in sides)
-            ends = self._units.ends(groups)
-            pieces.append(Piece(groups.start, ours, theirs, ends, ours.spans(ends), copies(ours, theirs)))
-        return pieces
+    def _cut(self, groups: range) -> Piece:
+        if self._sides is None:
+            spans = [(span.source_offset, span.target_offset, span.length) for span in self._ranges]
+            source, target, lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+            self._sides = Places(source, lengths), Places(target, lengths)
+        start, stop = self._units.end(groups.start - 1), self._units.end(groups.stop - 1)
+        ours, theirs = (side.part(start, stop) for side in self._sides)
+        ends = self._units.ends(groups)
+        return Piece(groups.start, ours, theirs, ends, ours.spans(ends), copies(ours, theirs))
 
 
 class PlanPieces:

@@ -110,7 +110,7 @@ class PushLink:
 
     def begin(self, request_id: str, claims: TicketClaims) -> None:
         """Ask for the target's leave now, not at the first push: so it hears of an early end, too."""
-        self._queue(self._open(request_id, claims), lambda push, stream: self._begin(push))
+        self._queue(self._open(request_id, claims), lambda push, stream: self._ask(push))
 
     def push(
         self,
@@ -275,26 +275,31 @@ class PushLink:
         """Say something on the first connection."""
         self._streams[0].send(message)
 
-    def _begin(self, push: _Push) -> None:
-        """Before the first write: the target's leave. (A block that it has taken back is somebody else's.)"""
-        claims = push.claims
+    def _ask(self, push: _Push) -> None:
+        """For the target's leave to write, once."""
         with self._lock:
             first, push.begun = not push.begun, True
         if first:
-            self._answer(frames.Begin(claims.request_id, claims.nonce, claims.epoch))
-        if not push.go.wait(STALL_SECONDS):
-            raise TransferError(f"worker {self.target} does not answer")
+            self._answer(frames.Begin(push.claims.request_id, push.claims.nonce, push.claims.epoch))
 
     def _may_go_on(self, push: _Push) -> bool:
-        """Whether this push is still wanted, once it has begun."""
-        if not push.over:
-            self._begin(push)
+        """Before the first write: the target's leave. (A block that it has taken back is somebody else's.) False if
+        this push is not wanted any more."""
+        if push.over:
+            return False
+        self._ask(push)
+        if not push.go.wait(STALL_SECONDS):
+            raise TransferError(f"worker {self.target} does not answer")
         return not push.over
 
     def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
+        if push.over:
+            return
+        self._ask(push)
+        pieces = job.pieces.frame(job.index)  # which takes a while, so while the target answers
         if not self._may_go_on(push):
             return
-        claims, transfers, pieces = push.claims, job.transfers, job.pieces.frame(job.index)
+        claims, transfers = push.claims, job.transfers
         digests, payload = stream.write(self._writer, transfers, pieces, job.sources)
         nbytes = sum(map(len, payload))
         if self.lost:
