@@ -154,4 +154,5 @@ def test_any_layout_becomes_any_other(transport: str, case: Case, piece_bytes: i
         patch.setattr(pieces, "FRAME_BYTES", 3 * piece_bytes)
         for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
             patch.setattr(places, name, long_run)
+        patch.setattr(places, "FEW", 1)
         hand_over(case, transport, Path(directory))

@@ -25,12 +25,13 @@ def cut(case: Case) -> list[PairPieces]:
     return [pair for _, _, pair in PlanPieces(plan, case.source.layout, case.claims("r1")).of_layers([0])]
 
 
-@given(cases(), st.integers(1, 3000), st.sampled_from((1, 16, 64, 1 << 14)))
-def test_pieces_are_the_units_in_order(case: Case, piece_bytes: int, long_run: int) -> None:
+@given(cases(), st.integers(1, 3000), st.sampled_from((1, 16, 64, 1 << 14)), st.sampled_from((1, 8)))
+def test_pieces_are_the_units_in_order(case: Case, piece_bytes: int, long_run: int, few: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
             patch.setattr(places, name, long_run)
+        patch.setattr(places, "FEW", few)
         pairs = [[pair[index] for index in range(len(pair))] for pair in cut(case)]
     units = digest_units(case.source.layout, case.target.layout, case.missing)
     for pair in pairs:
