@@ -78,7 +78,9 @@ class ScriptedTarget:
         """The next frame is this layer's pages of the whole request, with its payload."""
         digests = page_digests(source, layer, SOURCE_BLOCKS)
         nbytes = 0 if self.endpoint.transport == "shm" else len(BLOCKS) * LAYOUT.block_bytes
-        assert self.next() == frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, 0, 0, digests, nbytes)
+        assert self.next() == frames.Pages(
+            claims.request_id, claims.nonce, claims.epoch, layer, 1, 0, 0, digests, nbytes
+        )
         self.connected.discard(nbytes)
 
     def hears_nothing(self) -> None:
@@ -106,7 +108,7 @@ class Encounter:
     def push(self, claims: TicketClaims, layers: Sequence[int] = LAYERS, *, close: bool = True) -> None:
         plan = plan_transfer(LAYOUT, LAYOUT, SOURCE_BLOCKS, claims.blocks, first_block=0)
         for layer in layers:
-            self.link.push(claims.request_id, claims, plan, layer)
+            self.link.push(claims.request_id, claims, plan, [layer])
         if close:
             self.link.close_handoff(claims.request_id, claims, TOKEN)
 

@@ -23,7 +23,7 @@ def begin(request_id: str = "r1", nonce: bytes = CLAIMS.nonce, epoch: int = EPOC
 
 
 def pages(layer: int = 0, first: int = 1, count: int = 1, pair: int = 0) -> frames.Pages:
-    return frames.Pages("r1", CLAIMS.nonce, EPOCH, layer, pair, first, bytes(DIGEST_BYTES * count), 0)
+    return frames.Pages("r1", CLAIMS.nonce, EPOCH, layer, 1, pair, first, bytes(DIGEST_BYTES * count), 0)
 
 
 def closing(num_frames: int) -> frames.Close:

@@ -219,7 +219,7 @@ def test_a_push_has_not_stopped_while_another_thread_writes_for_it(transport: st
         plan = plan_resharding(
             SequenceKV(LAYOUT, BLOCKS), SequenceKV(LAYOUT, BLOCKS), range(len(BLOCKS) * LAYOUT.block_size)
         )
-        link.push("r1", claims, plan, 0)
+        link.push("r1", claims, plan, [0])
         made.push_all(link, claims_for("unknown", BLOCKS), BLOCKS)
         assert isinstance(made.at_source.next(), PushRejected)  # so both connections are there, and the link works
         assert gates[0].begun.wait(20)

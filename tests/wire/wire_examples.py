@@ -54,7 +54,7 @@ FROM_SOURCE: list[frames.FromSource] = [
     frames.Join(b"link"),
     frames.Probe(1 << 20),
     frames.Begin("r1", b"nonce", 3),
-    frames.Pages("r1", b"nonce", 3, 1, 0, 4, bytes(range(16)), 256),
+    frames.Pages("r1", b"nonce", 3, 1, 1, 0, 4, bytes(range(16)), 256),
     frames.Close("r1", b"nonce", 3, 5, TOKEN, b"and this"),
     frames.Stopped("r1", b"nonce"),
 ]

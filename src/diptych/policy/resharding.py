@@ -156,12 +156,16 @@ def _ranges_of_pairs(
 
 
 def _runs(source: SequenceKV, target: SequenceKV, tokens: range) -> list[_Run]:
-    def address(kv: SequenceKV, token: int) -> int:
-        block, slot = kv.place(token)
-        return block * kv.layout.block_bytes + kv.layout.offset(0, 0, slot)
+    runs = list(token_runs(tokens, source.layout.block_size, target.layout.block_size))
+    ours, theirs = (_addresses(kv, [run.start for run in runs]) for kv in (source, target))
+    return list(zip(ours, theirs, map(len, runs), strict=True))
 
-    runs = token_runs(tokens, source.layout.block_size, target.layout.block_size)
-    return [(address(source, run.start), address(target, run.start), len(run)) for run in runs]
+
+def _addresses(kv: SequenceKV, tokens: Sequence[int]) -> list[int]:
+    """Where the first vectors of these tokens lie."""
+    block_bytes, vector_bytes = kv.layout.block_bytes, kv.layout.vector_bytes
+    places = map(kv.place, tokens)
+    return [block * block_bytes + slot * vector_bytes for block, slot in places]
 
 
 class _Pieces:

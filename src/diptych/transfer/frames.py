@@ -102,22 +102,35 @@ class Go(Message, frozen=True):
 
 
 class Pages(Message, frozen=True):
-    """Consecutive units of one layer and pair (`policy.digest_units`, pairs numbered as in `head_pairs`), from
-    group `first_group` on: as many as there are digests, each of them DIGEST_BYTES long. `nbytes` of payload
-    follow, in logical order (0 if they were written to mapped memory)."""
+    """Consecutive units of one pair (`policy.digest_units`, pairs numbered as in `head_pairs`), from group
+    `first_group` on, in `num_layers` layers from `layer` on, which lie in one pipeline stage of the target. Their
+    digests, each of them DIGEST_BYTES long, come layer after layer, as does the payload: `nbytes` follow, in logical
+    order (0 if they were written to mapped memory)."""
 
     request_id: str
     nonce: bytes
     epoch: Epoch
     layer: int
+    num_layers: int
     pair: int
     first_group: int
     digests: bytes
     nbytes: int
 
     @property
+    def layers(self) -> range:
+        return range(self.layer, self.layer + self.num_layers)
+
+    @property
     def num_groups(self) -> int:
-        return len(self.digests) // DIGEST_BYTES
+        """In each layer."""
+        return len(self.digests) // DIGEST_BYTES // self.num_layers
+
+    def digests_of(self, layer: int) -> bytes:
+        """Those of one of the layers."""
+        size = self.num_groups * DIGEST_BYTES
+        start = (layer - self.layer) * size
+        return self.digests[start : start + size]
 
 
 class Close(Message, frozen=True):

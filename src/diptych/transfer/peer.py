@@ -55,9 +55,9 @@ class Target:
         return self.memories[0].layout
 
     @property
-    def largest_layer(self) -> int:
-        """Bytes of the largest layer of any rank."""
-        return self.memories[0].num_blocks * self.layout.block_bytes
+    def largest_rank(self) -> int:
+        """Bytes of the largest memory of any rank."""
+        return max(len(memory.buffer) for memory in self.memories)
 
 
 def refusal(target: Target, hello: frames.PushHello) -> str | None:
@@ -222,7 +222,7 @@ class Peer:
         self._tell(frames.Probed())
 
     def _pages(self, frame: frames.Pages, stream: _Stream) -> None:
-        if not 0 <= frame.nbytes <= self._target.largest_layer:
+        if not 0 <= frame.nbytes <= self._target.largest_rank:
             raise ProtocolError(f"{frame.nbytes} bytes of payload were announced")
         ticket = self._book.enter(frame, self)
         if ticket is None:
@@ -251,7 +251,8 @@ class Peer:
             failpoint("receive.pages_verified")
         else:
             self._book.count("corrupt pages")
-            self._fail(ticket, TransferError(f"pages of layer {frame.layer} are corrupt", code="kv_corrupt"))
+            message = f"pages of layers {frame.layer} to {frame.layers[-1]} are corrupt"
+            self._fail(ticket, TransferError(message, code="kv_corrupt"))
 
     def _ended(self, ticket: Incoming | None, ending: Ending | None) -> None:
         if ticket is None or ending is None:
@@ -301,24 +302,30 @@ class _Stream:
 
     def check(self, frame: frames.Pages, share: Share) -> None:
         """Raises TransferError if the payload has not the size of the pages."""
-        nbytes = share.places.nbytes
+        nbytes = share.places.nbytes * len(share.layers)
         if not (self._mapped and frame.nbytes == 0 or self._inline and frame.nbytes == nbytes):
             raise TransferError(f"{frame.nbytes} bytes of payload for pages of {nbytes}")
 
     def take(self, frame: frames.Pages, share: Share) -> bool:
         """Have the pages in memory. False if they are not what was sent."""
-        layer, places = self._memories[share.rank].layer(frame.layer), share.places
-        in_place = frame.nbytes == 0
-        if not in_place and not places.are_long:
-            staged = self._room(places.nbytes)
-            self.connection.receive_into(staged)
-            intact = unit_digests([staged], share.unit_ends) == frame.digests
-            if intact:
-                places.scatter(staged, layer)
-            return intact
-        if not in_place:
-            self.connection.receive_scattered(places.views(layer))
-        return self._digests(layer, share) == frame.digests
+        memory, places = self._memories[share.rank], share.places
+        layers = [memory.layer(layer) for layer in share.layers]
+        if frame.nbytes and not places.are_long:
+            digests = [frame.digests_of(layer) for layer in share.layers]
+            found = [self._receive_staged(*part, share) for part in zip(layers, digests, strict=True)]  # all of them
+            return all(found)
+        if frame.nbytes:
+            self.connection.receive_scattered([view for layer in layers for view in places.views(layer)])
+        return b"".join([self._digests(layer, share) for layer in layers]) == frame.digests
+
+    def _receive_staged(self, layer: memoryview, digests: bytes, share: Share) -> bool:
+        """One layer's payload; it goes to its places only if it is what was sent."""
+        staged = self._room(share.places.nbytes)
+        self.connection.receive_into(staged)
+        intact = unit_digests([staged], share.unit_ends) == digests
+        if intact:
+            share.places.scatter(staged, layer)
+        return intact
 
     def _digests(self, layer: memoryview, share: Share) -> bytes:
         """Of pages that are in place."""

@@ -18,6 +18,7 @@ from diptych.core.kv_layout import SequenceKV
 
 LONG_RUN_BYTES = 16 << 10  # from here on, runs are worth being sent and received one by one
 LONG_COPY_BYTES = 32 << 10  # from here on, a Python loop over copies is faster than moving every byte twice
+FEW = 8  # runs or copies that cost less one by one than a single call for all, however short they are
 
 Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -50,7 +51,7 @@ class Places:
     @property
     def are_long(self) -> bool:
         """Few enough runs to go through them one by one."""
-        return self.is_one or self.nbytes >= LONG_RUN_BYTES * len(self.starts)
+        return len(self.starts) <= max(self.nbytes // LONG_RUN_BYTES, FEW)
 
     @functools.cached_property
     def runs(self) -> list[Span]:
@@ -143,7 +144,7 @@ def copies(source: Places, target: Places) -> list[Copy] | None:
     columns = (ends - begins, source.locate(begins), target.locate(begins))
     ranges = list(zip(*(column.tolist() for column in columns), strict=True))
     found: list[Copy] = []
-    most = max(source.nbytes // LONG_COPY_BYTES, 1)
+    most = max(source.nbytes // LONG_COPY_BYTES, FEW)
     index = 0
     while index < len(ranges):
         if len(found) == most:

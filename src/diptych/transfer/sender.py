@@ -54,9 +54,9 @@ class _Push:
 
 @dataclass(frozen=True, slots=True)
 class _FrameJob:
-    """One frame of one layer, out of these memories."""
+    """One frame, of one layer or of several, out of these memories."""
 
-    transfer: LayerTransfer
+    transfers: Sequence[LayerTransfer]
     pair: int
     pieces: PairPieces
     index: int
@@ -110,25 +110,26 @@ class PushLink:
 
     def begin(self, request_id: str, claims: TicketClaims) -> None:
         """Ask for the target's leave now, not at the first push: so it hears of an early end, too."""
-        self._queue(self._open(request_id, claims), lambda push, stream: self._begin(push))
+        self._queue(self._open(request_id, claims), lambda push, stream: self._ask(push))
 
     def push(
         self,
         request_id: str,
         claims: TicketClaims,
         plan: TransferPlan,
-        layer: int,
+        layers: Sequence[int],
         sources: Sequence[PageSource] | Mapping[int, PageSource] | None = None,
     ) -> None:
-        """Send one layer's pages of a plan, of all its pairs of ranks, out of `sources` (by default the link's own).
+        """Send some layers' pages of a plan, of all its pairs of ranks, out of `sources` (by default the link's own).
+        Small layers that come together share their frames.
 
         Raises ValueError if the plan is not one from this link's layout to the ticket's, or cuts a unit in two."""
         cut = self._pieces_of(plan, claims)
         push = self._open(request_id, claims)
         from_ranks = self._sources if sources is None else sources
-        for pair, transfer, pieces in cut.of_layer(layer):
+        for pair, transfers, pieces in cut.of_layers(layers):
             for index in range(pieces.num_frames):
-                job = _FrameJob(transfer, pair, pieces, index, from_ranks)
+                job = _FrameJob(transfers, pair, pieces, index, from_ranks)
                 with self._lock:
                     push.num_frames += 1
                 self._queue(push, functools.partial(self._send_pages, job))
@@ -294,33 +295,39 @@ class PushLink:
         """Say something on the first connection."""
         self._streams[0].send(message)
 
-    def _begin(self, push: _Push) -> None:
-        """Before the first write: the target's leave. (A block that it has taken back is somebody else's.)"""
-        claims = push.claims
+    def _ask(self, push: _Push) -> None:
+        """For the target's leave to write, once."""
         with self._lock:
             first, push.begun = not push.begun, True
         if first:
-            self._answer(frames.Begin(claims.request_id, claims.nonce, claims.epoch))
-        if not push.go.wait(STALL_SECONDS):
-            raise TransferError(f"worker {self.target} does not answer")
+            self._answer(frames.Begin(push.claims.request_id, push.claims.nonce, push.claims.epoch))
 
     def _may_go_on(self, push: _Push) -> bool:
-        """Whether this push is still wanted, once it has begun. On a lost link nothing is: its connections may have
-        ended, and with them the right to write."""
-        if not (push.over or self.lost):
-            self._begin(push)
+        """Before the first write: the target's leave. (A block that it has taken back is somebody else's.) False if
+        this push is not wanted any more. On a lost link nothing is: its connections may have ended, and with them the
+        right to write."""
+        if push.over or self.lost:
+            return False
+        self._ask(push)
+        if not push.go.wait(STALL_SECONDS):
+            raise TransferError(f"worker {self.target} does not answer")
         return not (push.over or self.lost)
 
     def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
+        if push.over:
+            return
+        self._ask(push)
+        pieces = job.pieces.frame(job.index)  # which takes a while, so while the target answers
         if not self._may_go_on(push):
             return
-        claims, transfer, pieces = push.claims, job.transfer, job.pieces.frame(job.index)
-        digests, payload = stream.write(self._writer, transfer, pieces, job.sources[transfer.source_rank])
+        claims, transfers = push.claims, job.transfers
+        digests, payload = stream.write(self._writer, transfers, pieces, job.sources)
         nbytes = sum(map(len, payload))
         if self.lost:
             return
         about = claims.request_id, claims.nonce, claims.epoch
-        stream.send(frames.Pages(*about, transfer.layer, job.pair, pieces[0].first_group, digests, nbytes), payload)
+        where = transfers[0].layer, len(transfers), job.pair, pieces[0].first_group
+        stream.send(frames.Pages(*about, *where, digests, nbytes), payload)
         failpoint("push.layer_sent")
 
     def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:

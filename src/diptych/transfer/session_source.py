@@ -225,8 +225,7 @@ class SourceSession:
         wanted = self._layers(ranks, layers)
         with self._changed:
             self._check_open()
-            for layer in wanted:
-                self._link.push(self.session_id, self._claims, plan, layer, ranks)
+            self._link.push(self.session_id, self._claims, plan, wanted, ranks)
 
     def _pages(self, kv: Any) -> dict[int, KVMemory | KVPages]:
         """What was given, by rank."""

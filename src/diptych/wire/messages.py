@@ -11,7 +11,7 @@ import msgspec
 from diptych.core.fleet import Epoch, KVEndpoint, Manifest, Role, WorkerId, WorkerStats
 from diptych.core.request import Request, TokenOutput
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

@@ -152,7 +152,7 @@ class DataPlane:
         self._links[target] = (epoch, PushLink(target, endpoint, self._identity, self._kv.memories, self._report))
 
     def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
-        self._link(claims).push(request_id, claims, plan, layer)
+        self._link(claims).push(request_id, claims, plan, [layer])
 
     def close_handoff(self, request_id: str, claims: TicketClaims, token: SampledToken) -> None:
         self._link(claims).close_handoff(request_id, claims, token)
