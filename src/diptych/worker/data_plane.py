@@ -93,6 +93,7 @@ class DataPlane:
         self._kv = kv
         self._post = post
         self._closed = False
+        self._num_streams = settings.num_streams
         self._identity = Identity(key=settings.key, worker_id=settings.worker_id, model_digest=model_digest)
         target = Target(
             key=settings.key,
@@ -133,7 +134,8 @@ class DataPlane:
             return
         if link is not None:
             link.end()
-        self._links[target] = (epoch, PushLink(target, endpoint, self._identity, self._kv.memories, self._report))
+        new = PushLink(target, endpoint, self._identity, self._kv.memories, self._report, num_streams=self._num_streams)
+        self._links[target] = (epoch, new)
 
     def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
         self._link(claims).push(request_id, claims, plan, [layer])
