@@ -18,6 +18,7 @@ from diptych.core.errors import HandshakeError, PeerError, ProtocolError, Ticket
 from diptych.core.events import HandoffComplete, HandoffFailed, WriterGone
 from diptych.core.fleet import Epoch
 from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.settings import MAX_STREAMS
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
 from diptych.transfer.digest import span_digests, unit_digests
@@ -33,7 +34,6 @@ TargetEvent = HandoffComplete | HandoffFailed | WriterGone
 Connection = BlockingConnection[frames.FromSource]
 
 LINK_BYTES = 16
-MAX_STREAMS = 16  # connections of one link
 MAX_CUT = 4096  # of any kind of parallelism, in a layout that a peer announces
 MAX_BLOCK_SIZE = 65536
 

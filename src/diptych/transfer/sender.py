@@ -13,18 +13,18 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from diptych.chaos.failpoints import failpoint
 from diptych.core.errors import HandshakeError, PeerError, ProtocolError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import WorkerId
-from diptych.core.kv_layout import LayerTransfer, TransferPlan
+from diptych.core.kv_layout import TransferPlan
 from diptych.core.ports import PageSource
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
-from diptych.transfer.pieces import PairPieces, PlanPieces
+from diptych.transfer.pieces import PlanPieces
+from diptych.transfer.pushes import FrameJob, Push
 from diptych.transfer.streams import Connection, Endpoint, Identity, Stream, connect, introduce
 from diptych.transfer.writers import InlineWriter, PageWriter
 from diptych.wire.blocking import STALL_SECONDS
@@ -37,30 +37,6 @@ SourceEvent = PushAccepted | PushRejected | PushCancelled | LinkLost | PushStopp
 WrapWriter = Callable[[PageWriter], PageWriter]
 
 NUM_STREAMS = 2
-
-
-@dataclass(slots=True, eq=False)
-class _Push:
-    """One request's pages on their way. `over` stops everything that is still queued for it."""
-
-    claims: TicketClaims
-    go: threading.Event = field(default_factory=threading.Event)
-    begun: bool = False
-    over: bool = False
-    num_frames: int = 0  # to be sent
-    num_jobs: int = 0  # queued or under way
-    stopping: bool = False  # as soon as there is none
-
-
-@dataclass(frozen=True, slots=True)
-class _FrameJob:
-    """One frame, of one layer or of several, out of these memories."""
-
-    transfers: Sequence[LayerTransfer]
-    pair: int
-    pieces: PairPieces
-    index: int
-    sources: Sequence[PageSource] | Mapping[int, PageSource]
 
 
 Job = Callable[[Stream], None]
@@ -93,7 +69,7 @@ class PushLink:
         self._report = report
         self._wrap = wrap
         self._lock = threading.Lock()  # guards what follows, and the pushes' counters
-        self._pushes: dict[str, _Push] = {}
+        self._pushes: dict[str, Push] = {}
         self._ended = False
         self._working = 1  # threads that take jobs
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -109,8 +85,16 @@ class PushLink:
     # called by the worker, from any thread
 
     def begin(self, request_id: str, claims: TicketClaims) -> None:
-        """Ask for the target's leave now, not at the first push: so it hears of an early end, too."""
-        self._queue(self._open(request_id, claims), lambda push, stream: self._ask(push))
+        """Ask for the target's leave now, not at the first push: so it hears of an early end, too. Without waiting
+        for a thread, if possible: the answer takes as long as planning a small push does."""
+        push = self._open(request_id, claims)
+        try:
+            with self._lock:
+                push.begun = push.begun or self._streams[0].send_at_once(_begin(push))
+        except OSError as error:
+            self._lose(error)
+        if not push.begun:
+            self._queue(push, lambda push, stream: self._ask(push))
 
     def push(
         self,
@@ -129,7 +113,7 @@ class PushLink:
         from_ranks = self._sources if sources is None else sources
         for pair, transfers, pieces in cut.of_layers(layers):
             for index in range(pieces.num_frames):
-                job = _FrameJob(transfers, pair, pieces, index, from_ranks)
+                job = FrameJob(transfers, pair, pieces, index, from_ranks)
                 with self._lock:
                     push.num_frames += 1
                 self._queue(push, functools.partial(self._send_pages, job))
@@ -176,23 +160,23 @@ class PushLink:
             known = self._pieces = PlanPieces(plan, self._layout, claims)
         return known
 
-    def _open(self, request_id: str, claims: TicketClaims) -> _Push:
+    def _open(self, request_id: str, claims: TicketClaims) -> Push:
         """This request's push; a new one at its first job (which on a lost link is lost at once)."""
         with self._lock:
             push = self._pushes.get(request_id)
             if push is not None and push.claims.nonce == claims.nonce:
                 return push
-            push = self._pushes[request_id] = _Push(claims, over=self.lost)
+            push = self._pushes[request_id] = Push(claims, over=self.lost)
         if push.over:
             self._report(LinkLost(self.target, (request_id,)))
         return push
 
     @staticmethod
-    def _stop_push(push: _Push) -> None:
+    def _stop_push(push: Push) -> None:
         push.over = True
         push.go.set()
 
-    def _queue(self, push: _Push, job: Callable[[_Push, Stream], None]) -> None:
+    def _queue(self, push: Push, job: Callable[[Push, Stream], None]) -> None:
         """For whichever thread is free; when they have ended (and the link is lost), here."""
 
         def for_push(stream: Stream) -> None:
@@ -274,7 +258,7 @@ class PushLink:
         if not isinstance(stream.connection.receive(STALL_SECONDS), frames.Joined):
             raise HandshakeError(f"worker {self.target} did not let a further connection join")
 
-    def _do(self, push: _Push, job: Callable[[_Push, Stream], None], stream: Stream) -> None:
+    def _do(self, push: Push, job: Callable[[Push, Stream], None], stream: Stream) -> None:
         """One job of a push. Whoever does its last one says that it has stopped, if it is to stop."""
         try:
             job(push, stream)
@@ -295,14 +279,14 @@ class PushLink:
         """Say something on the first connection."""
         self._streams[0].send(message)
 
-    def _ask(self, push: _Push) -> None:
+    def _ask(self, push: Push) -> None:
         """For the target's leave to write, once."""
         with self._lock:
             first, push.begun = not push.begun, True
         if first:
-            self._answer(frames.Begin(push.claims.request_id, push.claims.nonce, push.claims.epoch))
+            self._answer(_begin(push))
 
-    def _may_go_on(self, push: _Push) -> bool:
+    def _may_go_on(self, push: Push) -> bool:
         """Before the first write: the target's leave. (A block that it has taken back is somebody else's.) False if
         this push is not wanted any more. On a lost link nothing is: its connections may have ended, and with them the
         right to write."""
@@ -313,7 +297,7 @@ class PushLink:
             raise TransferError(f"worker {self.target} does not answer")
         return not (push.over or self.lost)
 
-    def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
+    def _send_pages(self, job: FrameJob, push: Push, stream: Stream) -> None:
         if push.over:
             return
         self._ask(push)
@@ -330,7 +314,7 @@ class PushLink:
         stream.send(frames.Pages(*about, *where, digests, nbytes), payload)
         failpoint("push.layer_sent")
 
-    def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
+    def _send_close(self, push: Push, token: SampledToken, payload: bytes) -> None:
         if self._may_go_on(push):
             claims = push.claims
             self._answer(frames.Close(claims.request_id, claims.nonce, claims.epoch, push.num_frames, token, payload))
@@ -387,7 +371,11 @@ class PushLink:
             self._jobs.put(None)  # wakes the threads
 
 
-def _nothing(push: _Push, stream: Stream) -> None:
+def _begin(push: Push) -> frames.Begin:
+    return frames.Begin(push.claims.request_id, push.claims.nonce, push.claims.epoch)
+
+
+def _nothing(push: Push, stream: Stream) -> None:
     """A job that only finds out whether its push has stopped."""
 
 

@@ -92,6 +92,18 @@ class Stream:
                 raise TransferError("no data connection")
             self.connection.send(message, payload)
 
+    def send_at_once(self, message: object) -> bool:
+        """Send something small, unless that means to wait. False if it does, or if there is no connection (yet)."""
+        if not self._send_lock.acquire(blocking=False):
+            return False
+        try:
+            if self.connection is None or not self.connection.is_free:
+                return False
+            self.connection.send(message)
+            return True
+        finally:
+            self._send_lock.release()
+
     def hang_up(self) -> None:
         """Close the connection."""
         if self.connection is not None:

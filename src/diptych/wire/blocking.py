@@ -47,6 +47,8 @@ class BlockingConnection(Generic[T]):
         self._socket = TlsStream(sock, STALL_SECONDS) if isinstance(sock, ssl.SSLSocket) else _blocking(sock)
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
 
     def send(self, message: object, payload: Sequence[memoryview] = ()) -> None:
         """Send a message, and after it the payload buffers. Blocks while the peer is slow."""
@@ -54,6 +56,11 @@ class BlockingConnection(Generic[T]):
         for start in range(0, max(len(payload), 1), _MAX_BUFFERS):
             part = payload[start : start + _MAX_BUFFERS]
             self._send_all([frame, *part] if start == 0 else list(part))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a small message could be sent now without waiting for the peer."""
+        return bool(self._writable.poll(0))
 
     def _send_all(self, buffers: list[memoryview]) -> None:
         while buffers:

@@ -94,6 +94,7 @@ class DataPlane:
         self._kv = kv
         self._post = post
         self._closed = False
+        self._num_streams = settings.num_streams
         self._identity = Identity(key=settings.key, worker_id=settings.worker_id, model_digest=model_digest)
         target = Target(
             key=settings.key,
@@ -149,7 +150,8 @@ class DataPlane:
         if link is not None:
             link.hang_up()
             self._ending = [*(old for old in self._ending if not old.ended), link]
-        self._links[target] = (epoch, PushLink(target, endpoint, self._identity, self._kv.memories, self._report))
+        new = PushLink(target, endpoint, self._identity, self._kv.memories, self._report, num_streams=self._num_streams)
+        self._links[target] = (epoch, new)
 
     def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
         self._link(claims).push(request_id, claims, plan, [layer])
