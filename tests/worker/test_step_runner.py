@@ -11,7 +11,7 @@ from diptych.core.errors import EngineCorrupt, EngineLost, ServingError
 from diptych.core.events import StepFailed
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, OnLayer
+from diptych.core.ports import AllocateKV, Flag, OnLayer
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.engine.scripted import ScriptedModel
@@ -30,7 +30,9 @@ class FailingEngine:
     def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> tuple[KVMemory, ...]:
         return ()
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+    ) -> list[SampledToken | None]:
         raise self._error
 
     def forget(self, request_id: str) -> None: ...

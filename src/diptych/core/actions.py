@@ -31,10 +31,15 @@ class PushPages:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one step of the engine. Answered by StepFinished or StepFailed."""
+    """Run one step of the engine. Answered by StepFinished, StepFailed or StepGivenUp."""
 
     batch: Batch
     pushes: tuple[PushPages, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUpStep:
+    """The running step is not worth finishing. Answered as the step itself is: by StepGivenUp if that came in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,7 @@ class ForgetRequest:
 
 WorkerAction = (
     RunStep
+    | GiveUpStep
     | PushPages
     | CloseHandoff
     | AbandonPush

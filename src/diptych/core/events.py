@@ -131,6 +131,11 @@ class StepFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class StepGivenUp:
+    """The step of the last RunStep was broken off, as wished: it has sampled nothing, and KV that it wrote is void."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed: check the deadlines."""
 
@@ -142,6 +147,7 @@ WorkerEvent = (
     | AbortRequested
     | StepFinished
     | StepFailed
+    | StepGivenUp
     | Tick
     | PushAccepted
     | PushRejected

@@ -19,6 +19,16 @@ from diptych.core.timeline import Timeline
 OnLayer = Callable[[int], None]
 
 
+class Flag(Protocol):
+    """Raised by another thread, once, for good. (A threading.Event is one.)"""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is raised, or for `timeout` seconds. Whether it is."""
+        ...
+
+
 class KVBytes(Protocol):
     """Memory for one rank's KV cache: zeroed, page-aligned."""
 
@@ -48,11 +58,15 @@ class Engine(Protocol):
         for each, in order of ranks. Called once, before the first step."""
         ...
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+    ) -> list[SampledToken | None]:
         """Compute KV for every row and sample where a row says so.
 
         Returns one entry per row, None where the row does not sample. `on_layer(i)` is called, on the
         calling thread, as soon as all ranks have written the KV of layer i for all rows (0 to L-1, in order).
+        Once `given_up` is raised nobody wants the outcome: an engine that can raises StepAbandoned soon after,
+        and calls `on_layer` no more.
         """
         ...
 

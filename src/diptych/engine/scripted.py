@@ -25,11 +25,12 @@ from dataclasses import dataclass, field, replace
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, OnLayer
+from diptych.core.ports import AllocateKV, Flag, OnLayer
 from diptych.core.request import Request, SampledToken, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence
 from diptych.core.sequence import Sequence as TokenSequence
 from diptych.core.settings import ParallelSettings
+from diptych.engine.layers import unless_given_up
 from diptych.policy.stopping import finish_reason
 
 ENTRY_BYTES = 8  # of one position in one layer, for K and for V each: all heads together
@@ -135,21 +136,31 @@ class ScriptedEngine:
         )
         return self._memories
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+    ) -> list[SampledToken | None]:
         """As the port says. Raises ServingError without KV cache or if a block table is too short."""
         if not self._memories:
             raise ServingError("the engine has no KV cache: allocate_kv comes before the first step")
         for row in batch.rows:
             if len(row.sequence.block_table) * self.layout.block_size < row.end:
                 raise ServingError(f"request {row.sequence.request_id} has no block for position {row.end - 1}")
+        after_layer = unless_given_up(given_up, on_layer)
         for layer in range(self.layout.num_layers):
             for row in batch.rows:
                 _write(self._ranks(row, layer), layer, row)
-            if self._sleep is not None:
-                self._sleep(self.step_seconds(batch) / self.layout.num_layers)
-            if on_layer is not None:
-                on_layer(layer)
+            self._spend(self.step_seconds(batch) / self.layout.num_layers, given_up)
+            after_layer(layer)
         return [self._sample(row) if row.samples else None for row in batch.rows]
+
+    def _spend(self, seconds: float, given_up: Flag | None) -> None:
+        """Take that long, if time is to be taken; but not if the step is given up."""
+        if self._sleep is None:
+            return
+        if given_up is None:
+            self._sleep(seconds)
+        else:
+            given_up.wait(seconds)
 
     def forget(self, request_id: str) -> None:
         """Nothing is remembered beyond the log."""

@@ -7,7 +7,8 @@
                                             RunStep, PushPages, GrantTicket, SendTokens, ...
 
 There is one step in flight at most. Whatever would take blocks from a sequence of that step waits until
-the step is over, so an engine may read sequences without a copy.
+the step is over, so an engine may read sequences without a copy. If that makes the step pointless, it is
+given up (`policy.giving_up`).
 
 With data-parallel attention each data-parallel rank has a brain like this one, and `policy.data_parallel`
 keeps them in step.
@@ -42,6 +43,7 @@ from diptych.core.events import (
     ServeRequested,
     StepFailed,
     StepFinished,
+    StepGivenUp,
     Tick,
     WorkerEvent,
     WriterGone,
@@ -52,6 +54,7 @@ from diptych.core.request import SampledToken, TokenOutput
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.policy.batching import BatchLimits, Scheduler
 from diptych.policy.block_pool import BlockPool
+from diptych.policy.giving_up import StepWatch
 from diptych.policy.handoff import SourceEvent, TargetEvent
 from diptych.policy.handoff_source import SourceHandoffs
 from diptych.policy.handoff_target import TargetHandoffs
@@ -92,29 +95,28 @@ class WorkerPolicy:
         self.rates = StepRates()
         self._eos = eos_token_ids
         self._lives: dict[str, _Life] = {}
-        self._in_flight: Batch | None = None
+        self._watch = StepWatch()
+        self._in_flight: RunStep | None = None
         self._in_flight_ids: frozenset[str] = frozenset()
         self._after_step: list[WorkerEvent] = []
 
     def handle(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
         """Take one event; returns what to do, in order."""
+        self._watch.observe(event)
         actions = self.take(event, now)
-        return actions if self._in_flight is not None else actions + self.schedule(now)
+        if self._in_flight is None:
+            return actions + self.schedule(now)
+        return actions + self._watch.decide(self._in_flight, self.unwanted)
 
     def take(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
         """All of `handle` but the next step, which is for `schedule`."""
         actions: list[WorkerAction] = []
         for part in per_request(event):
-            if self._concerns_running_step(part):
-                self._after_step.append(part)
-            else:
+            if self._in_flight_ids.isdisjoint(_at_an_end(part)):
                 actions += self._handle(part, now)
+            else:
+                self._after_step.append(part)
         return actions + self._catch_up(now)
-
-    def step_undone(self, now: float) -> list[WorkerAction]:
-        """The running step came to nothing, and no sequence here is to blame: it will be scheduled again."""
-        self._step_over()
-        return self._catch_up(now)
 
     def _catch_up(self, now: float) -> list[WorkerAction]:
         """What has become possible: events that waited for the end of a step, and tickets for new room."""
@@ -125,14 +127,10 @@ class WorkerPolicy:
                 actions += self._handle(part, now)
         return actions + self.target.grant(now)
 
-    def _concerns_running_step(self, event: WorkerEvent) -> bool:
-        match event:
-            case AbortRequested(request_id) | PushRejected(request_id) | PushCancelled(request_id):
-                return request_id in self._in_flight_ids
-            case LinkLost(_, request_ids):
-                return not self._in_flight_ids.isdisjoint(request_ids)
-            case _:
-                return False
+    @property
+    def unwanted(self) -> frozenset[str]:
+        """Requests of the running step that are at an end, but for the step."""
+        return frozenset(request_id for part in self._after_step for request_id in _at_an_end(part))
 
     def _handle(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
         match event:
@@ -140,6 +138,9 @@ class WorkerPolicy:
                 return self._step_finished(event, now)
             case StepFailed():
                 return self._step_failed(event)
+            case StepGivenUp():
+                self._step_over()
+                return []
             case ServeRequested() | ReserveRequested() | PrefillRequested():
                 return self._arrive(event, now)
             case AbortRequested(request_id):
@@ -209,17 +210,16 @@ class WorkerPolicy:
                 actions.append(ready)
             if made is not None:
                 during.append(made)
-        self._in_flight = batch
+        self._in_flight = RunStep(batch, tuple(during))
         self._in_flight_ids = frozenset(row.sequence.request_id for row in batch.rows)
-        actions.append(RunStep(batch, tuple(during)))
-        return actions
+        return [*actions, self._in_flight]
 
     def _step_over(self) -> Batch:
-        batch = self._in_flight
-        if batch is None:
+        step = self._in_flight
+        if step is None:
             raise ValueError("a step ended that was never started")
         self._in_flight, self._in_flight_ids = None, frozenset()
-        return batch
+        return step.batch
 
     def _step_finished(self, event: StepFinished, now: float) -> list[WorkerAction]:
         batch = self._step_over()
@@ -347,6 +347,7 @@ class WorkerPolicy:
             decode_step_seconds=self.rates.decode_step_seconds,
             preemptions=self.scheduler.num_preemptions,
             handoffs_failed=self.source.failed + self.target.failed,
+            steps_given_up=self._watch.num_given_up,
         )
 
     def check_integrity(self) -> None:
@@ -358,6 +359,17 @@ class WorkerPolicy:
             for request_id, blocks in held.items():
                 owners[f"{side} {request_id}"] = blocks
         self.pool.check_integrity(owners)
+
+
+def _at_an_end(event: WorkerEvent) -> tuple[str, ...]:
+    """The requests that an event ends: whatever else it says, their blocks go back."""
+    match event:
+        case AbortRequested(request_id) | PushRejected(request_id) | PushCancelled(request_id):
+            return (request_id,)
+        case LinkLost(_, request_ids):
+            return request_ids
+        case _:
+            return ()
 
 
 def per_request(event: WorkerEvent) -> Iterable[WorkerEvent]:

@@ -15,6 +15,7 @@ from diptych.core.actions import (
     AbandonPush,
     CloseHandoff,
     ForgetRequest,
+    GiveUpStep,
     GrantTicket,
     PushPages,
     RevokeTicket,
@@ -67,7 +68,7 @@ class WorkerLoop:
         self._clock = clock
         self._journal = journal
         self._loop = asyncio.get_running_loop()
-        self._steps = StepRunner(engine, self._push_layer, self.post, self._give_up)
+        self._steps = StepRunner(engine, self._push_layer, self.post, self._engine_lost)
         self._data: DataPlane | None = None
         self._manifest: Manifest | None = None
         self._report_due = False
@@ -94,7 +95,7 @@ class WorkerLoop:
         """Hand an event over, from any thread."""
         self._loop.call_soon_threadsafe(self.handle, event)
 
-    def _give_up(self, error: EngineLost) -> None:
+    def _engine_lost(self, error: EngineLost) -> None:
         """On the compute thread: this worker cannot go on. An error that escapes a callback ends it (`main.serve`)."""
 
         def fail() -> None:
@@ -121,7 +122,7 @@ class WorkerLoop:
             self._channel.send(messages.Heartbeat(self._policy.stats()))
 
     async def stop(self) -> None:
-        """Finish the running step, have the engine forget everybody, then close transfers."""
+        """Give up the running step, have the engine forget everybody, then close transfers."""
         for request_id in self._policy.request_ids:
             self._steps.forget(request_id)
         await self._loop.run_in_executor(None, self._steps.stop)
@@ -146,6 +147,8 @@ class WorkerLoop:
         match action:
             case RunStep():
                 self._steps.run(action)
+            case GiveUpStep():
+                self._steps.give_up()
             case SendTokens(outputs):
                 self._channel.send(messages.Tokens(list(outputs)))
             case SendFirstToken(output, cached, queue_seconds, prefill_seconds):

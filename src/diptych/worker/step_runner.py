@@ -9,26 +9,30 @@ from collections.abc import Callable
 
 from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import RunStep
-from diptych.core.errors import DiptychError, EngineCorrupt, EngineLost
-from diptych.core.events import StepFailed, StepFinished
+from diptych.core.errors import DiptychError, EngineCorrupt, EngineLost, StepAbandoned
+from diptych.core.events import StepFailed, StepFinished, StepGivenUp
 from diptych.core.ports import Engine
 
 PushLayer = Callable[[RunStep, int], None]
-Report = Callable[[StepFinished | StepFailed], None]
+Outcome = StepFinished | StepFailed | StepGivenUp
+Report = Callable[[Outcome], None]
 
 
 class StepRunner:
     """The compute thread. `push_layer(step, layer)` is called on it as each layer's KV is written;
-    `report` (called on it too) takes the outcome back, and `give_up` the news that there will be no other."""
+    `report` (called on it too) takes the outcome back, and `lost` the news that there will be no other.
+
+    `run`, `forget`, `give_up` and `stop` are for one thread."""
 
     def __init__(
-        self, engine: Engine, push_layer: PushLayer, report: Report, give_up: Callable[[EngineLost], None]
+        self, engine: Engine, push_layer: PushLayer, report: Report, lost: Callable[[EngineLost], None]
     ) -> None:
         self._engine = engine
         self._push_layer = push_layer
         self._report = report
-        self._give_up = give_up
-        self._steps: queue.SimpleQueue[RunStep | str | None] = queue.SimpleQueue()
+        self._lost = lost
+        self._given_up = threading.Event()  # of the latest step: each has its own, so that no other hears it late
+        self._steps: queue.SimpleQueue[tuple[RunStep, threading.Event] | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -36,14 +40,20 @@ class StepRunner:
 
     def run(self, step: RunStep) -> None:
         """Queue a step; there is never more than one."""
-        self._steps.put(step)
+        self._given_up = threading.Event()
+        self._steps.put((step, self._given_up))
+
+    def give_up(self) -> None:
+        """Have the engine break the latest step off, if it runs and can."""
+        self._given_up.set()
 
     def forget(self, request_id: str) -> None:
         """Have the engine drop a request, between steps."""
         self._steps.put(request_id)
 
     def stop(self) -> None:
-        """Finish the step at hand and end the thread."""
+        """Give up the step at hand and end the thread."""
+        self.give_up()
         self._steps.put(None)
         if self._thread.is_alive():
             self._thread.join()
@@ -54,17 +64,19 @@ class StepRunner:
                 if isinstance(order, str):
                     self._engine.forget(order)
                 else:
-                    self._report(self._step(order))
+                    self._report(self._step(*order))
             except EngineLost as error:
-                self._give_up(error)
+                self._lost(error)
 
-    def _step(self, step: RunStep) -> StepFinished | StepFailed:
+    def _step(self, step: RunStep, given_up: threading.Event) -> Outcome:
         on_layer = (lambda layer: self._push_layer(step, layer)) if step.pushes else None
         began = time.perf_counter()
         try:
             failpoint("step.started")
-            samples = self._engine.step(step.batch, on_layer)
+            samples = self._engine.step(step.batch, on_layer, given_up)
             failpoint("step.finished")
+        except StepAbandoned:
+            return StepGivenUp()
         except EngineCorrupt as error:
             return StepFailed(error.code, error.message, error.request_ids)
         except EngineLost:

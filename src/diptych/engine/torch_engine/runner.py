@@ -9,10 +9,11 @@ import torch
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, OnLayer
+from diptych.core.ports import AllocateKV, Flag, OnLayer
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import ParallelSettings
+from diptych.engine.layers import unless_given_up
 from diptych.engine.torch_engine.checkpoint import open_checkpoint
 from diptych.engine.torch_engine.shard import Shard
 from diptych.engine.torch_engine.stage import DENSE_LIMIT, Stage, open_weights
@@ -69,12 +70,14 @@ class TorchEngine:
         self._stage.take_kv(num_blocks, memory.buffer, self._dense_limit)
         return (memory,)
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+    ) -> list[SampledToken | None]:
         """See `core.ports.Engine`. Raises EngineCorrupt for rows with non-finite logits; since a step
         changes nothing but KV of its own tokens, it may then be run again without them."""
         if on_layer is not None and self._device.type != "cpu":
             raise ServingError(f"KV in {self._device.type} memory cannot be handed off yet")
-        return self._stage.step(batch, on_layer)
+        return self._stage.step(batch, unless_given_up(given_up, on_layer))
 
     def forget(self, request_id: str) -> None:
         """See `core.ports.Engine`."""
