@@ -79,7 +79,7 @@ def test_a_stop_token_ends_the_request_at_once() -> None:
 def test_an_abort_waits_for_the_running_step() -> None:
     policy = make_policy()
     policy.handle(on.ServeRequested(make_request()), now=0.0)
-    assert policy.handle(on.AbortRequested("r"), now=0.1) == []
+    assert policy.handle(on.AbortRequested("r"), now=0.1) == [do.GiveUpStep()]
     assert policy.pool.num_used > 0
     assert "ForgetRequest" in kinds(step(policy, 50))
     assert policy.pool.num_used == 0
@@ -119,7 +119,7 @@ def test_a_lost_link_is_heard_after_the_step() -> None:
     policy = make_policy()
     request = make_request()
     policy.handle(on.PrefillRequested(request, claims_for(request, (7, 8))), now=0.0)
-    assert policy.handle(on.LinkLost("d0", ("r",)), now=0.5) == []
+    assert policy.handle(on.LinkLost("d0", ("r",)), now=0.5) == [do.GiveUpStep()]
     actions = step(policy, 50)
     assert do.SendFailure("r", "transfer_failed", "the data connection to worker d0 broke") in actions
     assert "AbandonPush" in kinds(actions)

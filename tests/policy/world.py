@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from diptych.core import actions as do
 from diptych.core import events as on
-from diptych.core.errors import DiptychError
+from diptych.core.errors import DiptychError, StepAbandoned
 from diptych.core.fleet import Role, WorkerState, WorkerView
 from diptych.core.kv_layout import PrivateMemory
 from diptych.core.request import Request
@@ -26,6 +26,7 @@ from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.policy.worker import WorkerPolicy
+from diptych.sim.flags import RaisedAfter
 
 MODEL = ScriptedModel(block_size=4, max_model_len=256)
 
@@ -41,6 +42,7 @@ class WorldWorker:
         self.ranks = [self.make_rank(data_rank) for data_rank in range(self.layout.data_parallel)]
         self.policy = self.ranks[0] if len(self.ranks) == 1 else DataParallelPolicy(self.ranks)
         self.tickets: dict[str, TicketClaims] = {}
+        self.given_up: RaisedAfter | None = None  # the running step
         self.pushing: dict[str, str] = {}  # request -> target
         self.writers: dict[str, str] = {}  # request -> source
 
@@ -71,7 +73,10 @@ class WorldWorker:
         me, world = self.worker_id, self.world
         match action:
             case do.RunStep():
+                self.given_up = None
                 world.send(me, "engine " + me, lambda: self.step(action))
+            case do.GiveUpStep():  # it may come too late
+                self.given_up = RaisedAfter(world.random.randrange(self.layout.num_layers + 1))
             case do.SendFirstToken(output, cached, queue_seconds, prefill_seconds):
                 world.cached[output.request_id] = cached
                 event = on.FirstTokenMade(me, output, cached, queue_seconds, prefill_seconds)
@@ -102,8 +107,13 @@ class WorldWorker:
             for push in run.pushes:
                 self.push(push, layer)
 
-        samples = self.engine.step(run.batch, on_layer)
-        self.handle(on.StepFinished(tuple(samples), seconds=0.01))
+        try:
+            samples = self.engine.step(run.batch, on_layer, self.given_up)
+        except StepAbandoned:
+            self.world.given_up += 1
+            self.handle(on.StepGivenUp())
+        else:
+            self.handle(on.StepFinished(tuple(samples), seconds=0.01))
 
     def grant(self, grant: do.GrantTicket) -> None:
         claims = TicketClaims(
@@ -173,6 +183,7 @@ class World:
         self.errors: dict[str, DiptychError] = {}
         self.routes: dict[str, str] = {}
         self.cached: dict[str, int] = {}  # by attempt: what its prefill worker had cached
+        self.given_up = 0  # steps
         self.dead: set[str] = set()
         self.leaving: set[str] = set()
         cuts = models or {}
