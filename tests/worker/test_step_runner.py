@@ -11,7 +11,7 @@ from diptych.core.errors import EngineCorrupt, EngineLost, ServingError
 from diptych.core.events import StepFailed, StepFinished, StepGivenUp
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory, PrivateMemory
-from diptych.core.ports import AllocateKV, Flag, OnLayer
+from diptych.core.ports import AllocateKV, Flag, OnLayer, OnLost
 from diptych.core.request import Request, SampledToken
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.engine.scripted import ScriptedEngine, ScriptedModel, StepCost
@@ -36,6 +36,8 @@ class FailingEngine:
         raise self._error
 
     def forget(self, request_id: str) -> None: ...
+
+    def watch(self, lost: OnLost) -> None: ...
 
     def close(self) -> None: ...
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from diptych.bench.metrics import Fields
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, Engine, Flag, OnLayer
+from diptych.core.ports import AllocateKV, Engine, Flag, OnLayer, OnLost
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import WorkerSettings
@@ -76,6 +76,9 @@ class TimedEngine:
 
     def forget(self, request_id: str) -> None:
         self._engine.forget(request_id)
+
+    def watch(self, lost: OnLost) -> None:
+        self._engine.watch(lost)
 
     def close(self) -> None:
         self._engine.close()

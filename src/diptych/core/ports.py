@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+from diptych.core.errors import EngineLost
 from diptych.core.fleet import ModelInfo, Route, RouterStats, WorkerView
 from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.core.request import Request, SampledToken, TokenOutput
@@ -17,6 +18,7 @@ from diptych.core.sequence import Batch
 from diptych.core.timeline import Timeline
 
 OnLayer = Callable[[int], None]
+OnLost = Callable[[EngineLost], None]
 
 
 class Flag(Protocol):
@@ -72,6 +74,11 @@ class Engine(Protocol):
 
     def forget(self, request_id: str) -> None:
         """Drop whatever is remembered for a request beyond its log (penalty counts). Harmless if unknown."""
+        ...
+
+    def watch(self, lost: OnLost) -> None:
+        """Have `lost` called, on any thread, if the engine breaks down between steps; at once if it has already. A
+        later call replaces an earlier one."""
         ...
 
     def close(self) -> None: ...

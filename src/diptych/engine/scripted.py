@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, Flag, OnLayer
+from diptych.core.ports import AllocateKV, Flag, OnLayer, OnLost
 from diptych.core.request import Request, SampledToken, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence
 from diptych.core.sequence import Sequence as TokenSequence
@@ -164,6 +164,9 @@ class ScriptedEngine:
 
     def forget(self, request_id: str) -> None:
         """Nothing is remembered beyond the log."""
+
+    def watch(self, lost: OnLost) -> None:
+        """There is nothing that could break down."""
 
     def close(self) -> None:
         """Let go of the KV memory, which may be mapped by whoever allocated it."""

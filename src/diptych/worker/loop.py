@@ -68,6 +68,7 @@ class WorkerLoop:
         self._clock = clock
         self._journal = journal
         self._loop = asyncio.get_running_loop()
+        self._engine = engine
         self._steps = StepRunner(engine, self._push_layer, self.post, self._engine_lost)
         self._data: DataPlane | None = None
         self._manifest: Manifest | None = None
@@ -78,6 +79,7 @@ class WorkerLoop:
         """Begin. (The data plane posts its events here, so it is made after this object.)"""
         self._data, self._manifest = data, manifest
         self._steps.start()
+        self._engine.watch(self._engine_lost)
 
     @property
     def data(self) -> DataPlane:
@@ -96,7 +98,7 @@ class WorkerLoop:
         self._loop.call_soon_threadsafe(self.handle, event)
 
     def _engine_lost(self, error: EngineLost) -> None:
-        """On the compute thread: this worker cannot go on. An error that escapes a callback ends it (`main.serve`)."""
+        """On any thread: this worker cannot go on. An error that escapes a callback ends it (`main.serve`)."""
 
         def fail() -> None:
             raise error

@@ -9,7 +9,7 @@ import torch
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, Flag, OnLayer
+from diptych.core.ports import AllocateKV, Flag, OnLayer, OnLost
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import ParallelSettings
@@ -82,6 +82,9 @@ class TorchEngine:
     def forget(self, request_id: str) -> None:
         """See `core.ports.Engine`."""
         self._stage.forget(request_id)
+
+    def watch(self, lost: OnLost) -> None:
+        """It is lost when this process is."""
 
     def close(self) -> None:
         """Let go of the KV bytes, so that their owner can free them."""
