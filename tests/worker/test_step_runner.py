@@ -35,7 +35,8 @@ class FailingEngine:
     ) -> list[SampledToken | None]:
         raise self._error
 
-    def forget(self, request_id: str) -> None: ...
+    def forget(self, request_id: str) -> None:
+        raise self._error
 
     def watch(self, lost: OnLost) -> None: ...
 
@@ -48,6 +49,11 @@ def one_row(num_tokens: int) -> Batch:
     return Batch((ScheduledSequence(sequence, 0, num_tokens, samples=True),))
 
 
+def stop(runner: StepRunner) -> None:
+    runner.end()
+    runner.join()
+
+
 def outcome_of(error: Exception) -> object:
     """What a runner reports, or gives up with."""
     outcomes: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -55,7 +61,7 @@ def outcome_of(error: Exception) -> object:
     runner.start()
     runner.run(RunStep(Batch(())))
     outcome = outcomes.get(timeout=10)
-    runner.stop()
+    stop(runner)
     assert outcomes.empty()
     return outcome
 
@@ -82,6 +88,18 @@ def test_an_engine_that_is_lost_is_given_up() -> None:
     assert outcome_of(error) is error
 
 
+def test_an_engine_that_cannot_even_forget_is_given_up() -> None:
+    """The thread lives on, but nothing that it says could be believed."""
+    outcomes: queue.SimpleQueue[object] = queue.SimpleQueue()
+    runner = StepRunner(FailingEngine(ValueError("why")), lambda *_: None, outcomes.put, outcomes.put)
+    runner.start()
+    runner.forget("r")
+    outcome = outcomes.get(timeout=10)
+    stop(runner)
+    assert isinstance(outcome, EngineLost)
+    assert outcome.message == "ValueError: why"
+
+
 def test_a_step_that_is_given_up_ends_at_once_and_the_next_one_does_not_hear_of_it() -> None:
     """The first step would take an hour."""
 
@@ -102,7 +120,7 @@ def test_a_step_that_is_given_up_ends_at_once_and_the_next_one_does_not_hear_of_
     runner.give_up()
     runner.run(RunStep(Batch(())))
     assert isinstance(outcomes.get(timeout=10), StepFinished)
-    runner.stop()
+    stop(runner)
 
 
 def test_who_stops_does_not_wait_for_the_end_of_a_step() -> None:
@@ -113,5 +131,5 @@ def test_who_stops_does_not_wait_for_the_end_of_a_step() -> None:
     runner = StepRunner(engine, lambda *_: None, outcomes.put, outcomes.put)
     runner.start()
     runner.run(RunStep(one_row(3)))
-    runner.stop()
+    stop(runner)
     assert outcomes.get(timeout=10) == StepGivenUp()

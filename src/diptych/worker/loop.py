@@ -127,12 +127,9 @@ class WorkerLoop:
         """Give up the running step, have the engine forget everybody, then close transfers."""
         for request_id in self._policy.request_ids:
             self._steps.forget(request_id)
-        await self._loop.run_in_executor(None, self._steps.stop)
+        self._steps.end()
+        await self._loop.run_in_executor(None, self._steps.join)
         await self._loop.run_in_executor(None, self.data.close)
-
-    @property
-    def idle(self) -> bool:
-        return self._policy.idle
 
     def _report(self) -> None:
         """Tell the router about changed load and cached blocks."""

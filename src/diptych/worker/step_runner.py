@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,8 @@ from diptych.core.errors import DiptychError, EngineCorrupt, EngineLost, StepAba
 from diptych.core.events import StepFailed, StepFinished, StepGivenUp
 from diptych.core.ports import Engine
 
+log = logging.getLogger(__name__)
+
 PushLayer = Callable[[RunStep, int], None]
 Outcome = StepFinished | StepFailed | StepGivenUp
 Report = Callable[[Outcome], None]
@@ -22,7 +25,7 @@ class StepRunner:
     """The compute thread. `push_layer(step, layer)` is called on it as each layer's KV is written;
     `report` (called on it too) takes the outcome back, and `lost` the news that there will be no other.
 
-    `run`, `forget`, `give_up` and `stop` are for one thread."""
+    All but `join` are for one thread."""
 
     def __init__(
         self, engine: Engine, push_layer: PushLayer, report: Report, lost: Callable[[EngineLost], None]
@@ -51,10 +54,13 @@ class StepRunner:
         """Have the engine drop a request, between steps."""
         self._steps.put(request_id)
 
-    def stop(self) -> None:
-        """Give up the step at hand and end the thread."""
+    def end(self) -> None:
+        """Give up the step at hand, and have the thread end after what was queued before."""
         self.give_up()
         self._steps.put(None)
+
+    def join(self) -> None:
+        """Wait for its end."""
         if self._thread.is_alive():
             self._thread.join()
 
@@ -67,6 +73,9 @@ class StepRunner:
                     self._report(self._step(*order))
             except EngineLost as error:
                 self._lost(error)
+            except Exception as error:  # a bug: still, nobody may wait for a thread that is gone
+                log.exception("the compute thread broke")
+                self._lost(EngineLost(f"{type(error).__name__}: {error}"))
 
     def _step(self, step: RunStep, given_up: threading.Event) -> Outcome:
         on_layer = (lambda layer: self._push_layer(step, layer)) if step.pushes else None
