@@ -104,7 +104,7 @@ def test_a_failed_step_fails_those_to_blame_on_any_rank_and_repeats_the_rest() -
         serve(policy, name, prompt)
     *_, run = step(policy, 50)
     assert rows(run) == [("a", 0), ("c", 0), ("b", 1)]
-    assert policy.handle(on.AbortRequested("b"), now=1.0) == [do.GiveUpStep()]  # it may come too late
+    assert policy.handle(on.AbortRequested("b"), now=1.0) == [do.DropRow("b")]  # in the running step: later
     actions = policy.handle(on.StepFailed("engine_corrupt", "not finite", ("c",)), now=1.0)
     assert [type(action).__name__ for action in actions] == ["SendFailure", "ForgetRequest", "ForgetRequest", "RunStep"]
     assert rows(actions[-1]) == [("a", 0)]
@@ -113,21 +113,20 @@ def test_a_failed_step_fails_those_to_blame_on_any_rank_and_repeats_the_rest() -
     assert policy.idle
 
 
-def test_a_common_step_is_given_up_if_most_of_it_on_all_ranks_is_nobodys() -> None:
+def test_a_row_is_dropped_on_its_rank_and_the_common_step_goes_on() -> None:
     policy = make_policy()
     for name, prompt in (("a", range(1, 6)), ("b", range(11, 17)), ("c", range(21, 24))):
         serve(policy, name, prompt)
     *_, run = step(policy, 50)
-    assert isinstance(run, do.RunStep)
-    assert [(row.sequence.request_id, row.num_tokens) for row in run.batch.rows] == [("a", 1), ("b", 6), ("c", 2)]
-    assert policy.handle(on.AbortRequested("c"), now=1.0) == []
-    assert policy.handle(on.AbortRequested("b"), now=1.0) == [do.GiveUpStep()]
-    *forgotten, run = policy.handle(on.StepGivenUp(), now=1.0)
-    assert set(forgotten) == {do.ForgetRequest("b"), do.ForgetRequest("c")}
-    assert rows(run) == [("a", 0)]
-    assert policy.stats().steps_given_up == 1
+    assert rows(run) == [("a", 0), ("b", 1), ("c", 1)]
+    assert policy.handle(on.AbortRequested("b"), now=1.0) == [do.DropRow("b")]
+    assert policy.handle(on.RowsDropped(("b",)), now=1.0) == [do.ForgetRequest("b")]
     policy.check_integrity()
-    run_to_end(policy, run)
+    assert "b" not in policy.request_ids
+    before = policy.rates.prefill_rate
+    *_, run = policy.handle(on.StepFinished((SampledToken(51), None, None), seconds=0.5), now=1.0)
+    assert rows(run) == [("a", 0), ("c", 1)]
+    assert (policy.stats().rows_dropped, policy.rates.prefill_rate) == (1, before)
 
 
 def test_a_block_is_here_as_long_as_one_rank_has_it() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from diptych.bench.metrics import Fields
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, Engine, Flag, OnLayer, OnLost
+from diptych.core.ports import AllocateKV, Engine, OnLayer, OnLost, Unwanted
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import WorkerSettings
@@ -59,7 +59,7 @@ class TimedEngine:
         return self._engine.allocate_kv(num_blocks, allocate)
 
     def step(
-        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
     ) -> list[SampledToken | None]:
         layers: list[float] = []
 
@@ -69,7 +69,7 @@ class TimedEngine:
                 on_layer(layer)
 
         begin = time.monotonic()
-        samples = self._engine.step(batch, timed, given_up)
+        samples = self._engine.step(batch, timed, unwanted)
         rows = [(row.sequence.request_id, row.start, row.end) for row in batch.rows]
         self._records.steps.append({"begin": begin, "layers": layers, "end": time.monotonic(), "rows": rows})
         return samples

@@ -31,15 +31,18 @@ class PushPages:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one step of the engine. Answered by StepFinished, StepFailed or StepGivenUp."""
+    """Run one step of the engine. Answered by StepFinished or StepFailed."""
 
     batch: Batch
     pushes: tuple[PushPages, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUpStep:
-    """The running step is not worth finishing. Answered as the step itself is: by StepGivenUp if that came in time."""
+class DropRow:
+    """Nobody wants this request of the running step any more. Answered by RowsDropped if the engine goes on without it;
+    else its row is part of the step to the end."""
+
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class ForgetRequest:
 
 WorkerAction = (
     RunStep
-    | GiveUpStep
+    | DropRow
     | PushPages
     | CloseHandoff
     | AbandonPush

@@ -7,8 +7,7 @@ DiptychError
 ├── OverloadedError         this limit is reached; try again           429, Retry-After
 ├── UnavailableError        nobody can serve this now; try again       503, Retry-After
 ├── ServingError            we failed: worker lost, engine corrupt     500
-│   ├── EngineLost          a worker's engine has broken down for good (the worker ends)
-│   └── StepAbandoned       a step that was broken off since nobody wants it (nobody hears of it)
+│   └── EngineLost          a worker's engine has broken down for good (the worker ends)
 ├── ConfigError             the operator's flags, files or model       (start-up)
 │   └── CheckpointError     a model directory that cannot be served    (start-up)
 └── PeerError               another process broke the protocol         (connection closed)
@@ -101,12 +100,6 @@ class EngineLost(ServingError):
     """The engine will not compute again. Its worker ends, so that another one, of a new epoch, takes its place."""
 
     code = "engine_lost"
-
-
-class StepAbandoned(ServingError):
-    """The step was given up while it ran. It may be run again."""
-
-    code = "step_abandoned"
 
 
 class ConfigError(DiptychError):

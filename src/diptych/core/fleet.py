@@ -83,7 +83,7 @@ class WorkerStats:
     decode_step_seconds: float = 0.0  # recent mean of pure decode steps; 0 while unknown
     preemptions: int = 0  # since start
     handoffs_failed: int = 0  # since start
-    steps_given_up: int = 0  # since start: nobody wanted most of them any more
+    rows_dropped: int = 0  # since start: out of running steps, since nobody wanted them any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

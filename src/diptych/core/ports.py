@@ -7,7 +7,7 @@ to spoil them. (`Backend`, per worker, arrives with the adapters for upstream en
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol
 
 from diptych.core.errors import EngineLost
@@ -21,13 +21,19 @@ OnLayer = Callable[[int], None]
 OnLost = Callable[[EngineLost], None]
 
 
-class Flag(Protocol):
-    """Raised by another thread, once, for good. (A threading.Event is one.)"""
+class Unwanted(Protocol):
+    """Requests of a running step that nobody wants any more. Another thread adds to them while it runs."""
 
-    def is_set(self) -> bool: ...
+    def take(self) -> frozenset[str]:
+        """Those that have come since the last call."""
+        ...
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is raised, or for `timeout` seconds. Whether it is."""
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """From now on the step neither reads nor writes their blocks."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """For that long, or until there is something to take."""
         ...
 
 
@@ -61,14 +67,14 @@ class Engine(Protocol):
         ...
 
     def step(
-        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
     ) -> list[SampledToken | None]:
         """Compute KV for every row and sample where a row says so.
 
         Returns one entry per row, None where the row does not sample. `on_layer(i)` is called, on the
         calling thread, as soon as all ranks have written the KV of layer i for all rows (0 to L-1, in order).
-        Once `given_up` is raised nobody wants the outcome: an engine that can raises StepAbandoned soon after,
-        and calls `on_layer` no more.
+        Rows that become `unwanted` meanwhile may be left out from some layer on; then they are let go, and their
+        entries are None.
         """
         ...
 

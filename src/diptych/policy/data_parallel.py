@@ -20,17 +20,16 @@ from diptych.core.events import (
     LinkLost,
     PrefillRequested,
     ReserveRequested,
+    RowsDropped,
     ServeRequested,
     StepFailed,
     StepFinished,
-    StepGivenUp,
     Tick,
     WorkerEvent,
 )
 from diptych.core.fleet import WorkerStats
 from diptych.core.sequence import Batch
 from diptych.policy.block_pool import IntegrityError
-from diptych.policy.giving_up import StepWatch
 from diptych.policy.step_rates import StepRates
 from diptych.policy.worker import WorkerPolicy, per_request
 
@@ -43,29 +42,25 @@ class DataParallelPolicy:
     def __init__(self, ranks: Sequence[WorkerPolicy]) -> None:
         self.ranks = tuple(ranks)
         self.rates = StepRates()
-        self._watch = StepWatch()
-        self._in_flight: RunStep | None = None
-        self._shares: list[Batch] = []  # of the running step, each rank's
+        self._in_flight: list[Batch] | None = None  # each rank's share, while a step runs
+        self._is_whole = True  # no row of it was dropped
         self._holders: Counter[BlockHash] = Counter()  # by how many ranks a block is cached
 
     def handle(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
         """Take one event; returns what to do, in order."""
-        self._watch.observe(event)
         match event:
             case StepFinished():
                 actions = self._step_finished(event, now)
             case StepFailed():
                 actions = self._step_failed(event, now)
-            case StepGivenUp():
-                actions = [action for rank, _ in self._step_over() for action in rank.take(event, now)]
+            case RowsDropped():
+                self._is_whole = False
+                actions = [action for rank in self.ranks for action in rank.take(event, now)]
             case Tick():
                 actions = [action for rank in self.ranks for action in rank.take(event, now)]
             case _:
                 actions = [action for part in per_request(event) for action in self._take(part, now)]
-        if self._in_flight is None:
-            return actions + self._schedule(now)
-        unwanted = [request_id for rank in self.ranks for request_id in rank.unwanted]
-        return actions + self._watch.decide(self._in_flight, unwanted)
+        return actions if self._in_flight is not None else actions + self._schedule(now)
 
     def _take(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
         """An event about one request: for the rank that knows it, or is to take it. Others are late."""
@@ -108,20 +103,21 @@ class DataParallelPolicy:
             shares.append(share)
         whole = Batch(tuple(row for share in shares for row in share.rows))
         if whole.rows:
-            self._in_flight, self._shares = RunStep(whole, tuple(pushes)), shares
-            actions.append(self._in_flight)
+            self._in_flight, self._is_whole = shares, True
+            actions.append(RunStep(whole, tuple(pushes)))
         return actions
 
     def _step_over(self) -> list[tuple[WorkerPolicy, Batch]]:
         """The ranks that took part in the step, with their shares."""
-        if self._in_flight is None:
+        shares, self._in_flight = self._in_flight, None
+        if shares is None:
             raise ValueError("a step ended that was never started")
-        self._in_flight = None
-        return [(rank, share) for rank, share in zip(self.ranks, self._shares, strict=True) if share.rows]
+        return [(rank, share) for rank, share in zip(self.ranks, shares, strict=True) if share.rows]
 
     def _step_finished(self, event: StepFinished, now: float) -> list[WorkerAction]:
         shares = self._step_over()
-        self.rates.observe(Batch(tuple(row for _, share in shares for row in share.rows)), event.seconds)
+        if self._is_whole:
+            self.rates.observe(Batch(tuple(row for _, share in shares for row in share.rows)), event.seconds)
         actions: list[WorkerAction] = []
         start = 0
         for rank, share in shares:
@@ -139,7 +135,7 @@ class DataParallelPolicy:
             if blamed:
                 actions += rank.take(StepFailed(event.code, event.message, blamed), now)
             else:
-                actions += rank.take(StepGivenUp(), now)
+                actions += rank.step_undone(now)
         return actions
 
     # what others may know
@@ -169,13 +165,12 @@ class DataParallelPolicy:
         return stored, [block_hash for block_hash in gone if was_here[block_hash]]
 
     def stats(self) -> WorkerStats:
-        """The load of all ranks together, as reported to the router. Steps, and their rates, are common ones."""
+        """The load of all ranks together, as reported to the router. Rates are those of common steps."""
         each = [rank.stats() for rank in self.ranks]
         total = {field.name: sum(getattr(stats, field.name) for stats in each) for field in fields(WorkerStats)}
         total |= {
             "prefill_rate": self.rates.prefill_rate,
             "decode_step_seconds": self.rates.decode_step_seconds,
-            "steps_given_up": self._watch.num_given_up,
         }
         return WorkerStats(**total)
 
@@ -196,7 +191,7 @@ def _request_id(event: WorkerEvent) -> str:
             return request.request_id
         case LinkLost(_, request_ids):
             return request_ids[0]
-        case StepFinished() | StepFailed() | StepGivenUp() | Tick():
+        case StepFinished() | StepFailed() | RowsDropped() | Tick():
             raise ValueError(f"a {type(event).__name__} does not concern one request")
         case _:
             return event.request_id

@@ -6,15 +6,13 @@ here by planning it. All worker actions are carried out in `_perform`.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
 from diptych.core import actions as do
 from diptych.core import events as on
-from diptych.core.errors import EngineCorrupt, ServingError, StepAbandoned
+from diptych.core.errors import EngineCorrupt, ServingError
 from diptych.core.fleet import Epoch, WorkerState, WorkerStats, WorkerView
 from diptych.core.kv_layout import LayerTransfer, PrivateMemory
 from diptych.core.ports import AllocateKV
@@ -26,17 +24,18 @@ from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.worker import WorkerPolicy
 from diptych.sim import frames, messages
 from diptych.sim.checks import Place, check_grant, check_over, check_step, check_tickets
-from diptych.sim.flags import RaisedAfter
 from diptych.sim.kernel import Process
 from diptych.sim.network import End, Pipe
 from diptych.sim.push_link import PushLink
 from diptych.sim.receiver import Receiver
 from diptych.sim.scenario import FaultKind, Spoil, WorkerSpec
+from diptych.sim.unwanted import PlannedUnwanted
 
 if TYPE_CHECKING:
     from diptych.sim.world import World
 
 TICK_SECONDS = 1.0
+TOO_LATE_SHARE = 0.2  # of rows that are to be dropped: the engine has them in the step to its end
 
 
 class Segments:
@@ -85,8 +84,8 @@ class Life:
         self.reading: dict[int, tuple[str, set[Place]]] = {}  # what queued pushes still have to read
         self.salts: dict[Place, str] = {}  # whose pages they are: of which tenant
         self._readings = count()
-        self._step: do.RunStep | None = None  # the engine computes it, and nobody has given it up
         self._step_running = False  # the engine computes
+        self._dropped: list[str] = []  # rows of that step
         self._in_flight = False  # policy waits for the outcome of a step
         self._ended: list[str] = []  # requests about which the router has said everything
         self._tick_due = self._report_due = False
@@ -148,7 +147,7 @@ class Life:
         world = self.world
         world.count_event(self.name, event)
         actions = self.policy.handle(event, world.kernel.now + self.clock_ahead)
-        step_over = isinstance(event, on.StepFinished | on.StepFailed | on.StepGivenUp)
+        step_over = isinstance(event, on.StepFinished | on.StepFailed)
         if step_over:
             self._in_flight = False
         for action in actions:
@@ -221,8 +220,8 @@ class Life:
             case do.RunStep():
                 check_step(self, action)
                 self._run(action)
-            case do.GiveUpStep():
-                self._give_up()
+            case do.DropRow(request_id):
+                self._drop(request_id)
             case do.SendTokens(outputs):
                 self._to_router(on.TokensMade(self.worker_id, outputs))
             case do.SendFirstToken(output, cached, queue_seconds, prefill_seconds):
@@ -268,25 +267,26 @@ class Life:
     # steps
 
     def _run(self, step: do.RunStep) -> None:
-        self._step, self._step_running, self._in_flight = step, True, True
+        self._step_running = self._in_flight = True
+        self._dropped = []
         seconds = self.engine.step_seconds(step.batch) * (0.5 + self.world.rng.random())
         self.world.kernel.after(seconds, lambda: self.process.run(lambda: self._computed(step, seconds)))
 
     def _computed(self, step: do.RunStep, seconds: float) -> None:
         """The step is done: its KV is written, its layers are on their way, and the outcome is known."""
-        if step is not self._step:
-            return  # it was given up
-        self._step, self._step_running = None, False
+        self._step_running = False
         fault, self.next_step_fault = self.next_step_fault, None
         last_layer = self.engine.layout.num_layers - 1
 
         def on_layer(layer: int) -> None:
             if fault is FaultKind.ENGINE_FAILED and layer == last_layer:
                 raise ServingError("the engine raised", code="engine_failed")
-            self._push_layer(step, layer)
+            for push in step.pushes:
+                if push.request_id not in self._dropped:
+                    self._link(push.claims).push(push.request_id, push.claims, push.plan, layer)
 
         try:
-            samples = self.engine.step(step.batch, None if self.closing else on_layer)
+            samples = self.engine.step(step.batch, None if self.closing else on_layer, PlannedUnwanted(self._dropped))
             if fault is FaultKind.ENGINE_CORRUPT:
                 row = self.world.rng.choice(step.batch.rows)
                 raise EngineCorrupt((row.sequence.request_id,))
@@ -300,27 +300,19 @@ class Life:
             self.post(on.StepFinished(tuple(samples), seconds))
         self.check_closed()
 
-    def _push_layer(self, step: do.RunStep, layer: int) -> None:
-        for push in step.pushes:
-            self._link(push.claims).push(push.request_id, push.claims, push.plan, layer)
+    def _drop(self, request_id: str) -> None:
+        """In a moment the engine goes on without a row, unless it is too late for that."""
+        dropped, rng = self._dropped, self.world.rng
 
-    def _give_up(self) -> None:
-        """The engine breaks the step off, in a moment; unless it is done, and that has not been heard yet."""
-        step, self._step = self._step, None
-        if step is not None:
-            seconds = self.world.scenario.post_seconds * self.world.rng.random()
-            self.world.kernel.after(seconds, lambda: self.process.run(lambda: self._broken_off(step)))
+        def leave_out() -> None:
+            if self._step_running and dropped is self._dropped:
+                dropped.append(request_id)
+                self.world.outcome.rows_dropped += 1
+                self.post(on.RowsDropped((request_id,)))
 
-    def _broken_off(self, step: do.RunStep) -> None:
-        """Some layers are written, and on their way."""
-        self._step_running = False
-        given_up = RaisedAfter(self.world.rng.randrange(self.engine.layout.num_layers))
-        with contextlib.suppress(StepAbandoned):
-            on_layer = None if self.closing else functools.partial(self._push_layer, step)
-            self.engine.step(step.batch, on_layer, given_up)
-        self.world.outcome.given_up += 1
-        self.post(on.StepGivenUp())
-        self.check_closed()
+        if rng.random() > TOO_LATE_SHARE:
+            seconds = self.world.scenario.post_seconds * rng.random()
+            self.world.kernel.after(seconds, lambda: self.process.run(leave_out))
 
     # data connections
 

@@ -18,7 +18,6 @@ from diptych.core.events import (
     ServeRequested,
     StepFailed,
     StepFinished,
-    StepGivenUp,
     Tick,
     TicketGranted,
     TokensMade,
@@ -100,7 +99,5 @@ def _in_words(event: object) -> str:
             return f"has finished a step with {len(samples)} sequences"
         case StepFailed(code, _, request_ids):
             return f"could not finish a step: {code} {', '.join(request_ids)}"
-        case StepGivenUp():
-            return "has given a step up that nobody wanted any more"
     names = (str(getattr(event, name)) for name in ("worker_id", "request_id") if hasattr(event, name))
     return f"takes {type(event).__name__} {' '.join(names)}".strip()

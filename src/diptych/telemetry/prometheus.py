@@ -119,7 +119,7 @@ class FleetCollector(Collector):
             "diptych_worker_kv_blocks_cached": ("Blocks kept for reuse", lambda w: w.stats.blocks_cached),
             "diptych_worker_preemptions": ("Preemptions since start", lambda w: w.stats.preemptions),
             "diptych_worker_handoffs_failed": ("Failed hand-offs since start", lambda w: w.stats.handoffs_failed),
-            "diptych_worker_steps_given_up": ("Steps that nobody wanted any more", lambda w: w.stats.steps_given_up),
+            "diptych_worker_rows_dropped": ("Rows left out of running steps", lambda w: w.stats.rows_dropped),
         }
         for name, (text, value) in values.items():
             family = GaugeMetricFamily(name, text, labels=["worker", "role"])

@@ -14,8 +14,8 @@ from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbandonPush,
     CloseHandoff,
+    DropRow,
     ForgetRequest,
-    GiveUpStep,
     GrantTicket,
     PushPages,
     RevokeTicket,
@@ -146,8 +146,8 @@ class WorkerLoop:
         match action:
             case RunStep():
                 self._steps.run(action)
-            case GiveUpStep():
-                self._steps.give_up()
+            case DropRow(request_id):
+                self._steps.drop((request_id,))
             case SendTokens(outputs):
                 self._channel.send(messages.Tokens(list(outputs)))
             case SendFirstToken(output, cached, queue_seconds, prefill_seconds):
@@ -171,10 +171,9 @@ class WorkerLoop:
                 failpoint("request.over")
                 self._steps.forget(request_id)
 
-    def _push_layer(self, step: RunStep, layer: int) -> None:
+    def _push_layer(self, push: PushPages, layer: int) -> None:
         """On the compute thread: this layer is computed, its pages may leave."""
-        for push in step.pushes:
-            self.data.push(push.request_id, push.claims, push.plan, layer)
+        self.data.push(push.request_id, push.claims, push.plan, layer)
 
     def _grant(self, grant: GrantTicket, manifest: Manifest) -> None:
         claims = TicketClaims(

@@ -16,7 +16,7 @@ from pathlib import Path
 from diptych.core.errors import ConfigError, EngineCorrupt, EngineLost, ProtocolError, ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVMemory
-from diptych.core.ports import AllocateKV, Flag, OnLayer, OnLost
+from diptych.core.ports import AllocateKV, OnLayer, OnLost, Unwanted
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import EngineSettings
@@ -93,11 +93,11 @@ class ParallelEngine:
         return tuple(memories)
 
     def step(
-        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
     ) -> list[SampledToken | None]:
         """See `core.ports.Engine`. Raises EngineCorrupt for rows with non-finite logits: the step may then be run
-        again without them. A step that is given up goes on to its end: ranks wait for each other in every layer, and
-        would all have to stop before the same one."""
+        again without them. Unwanted rows stay to the end: ranks wait for each other in every layer, and would all have
+        to leave them out before the same one."""
         if not self._has_kv:
             raise ServingError("allocate_kv comes before the first step")
         if on_layer is not None and not self._on_cpu:

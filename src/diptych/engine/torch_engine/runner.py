@@ -9,11 +9,10 @@ import torch
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, Flag, OnLayer, OnLost
+from diptych.core.ports import AllocateKV, OnLayer, OnLost, Unwanted
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import ParallelSettings
-from diptych.engine.layers import unless_given_up
 from diptych.engine.torch_engine.checkpoint import open_checkpoint
 from diptych.engine.torch_engine.shard import Shard
 from diptych.engine.torch_engine.stage import DENSE_LIMIT, Stage, open_weights
@@ -71,13 +70,13 @@ class TorchEngine:
         return (memory,)
 
     def step(
-        self, batch: Batch, on_layer: OnLayer | None = None, given_up: Flag | None = None
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
     ) -> list[SampledToken | None]:
         """See `core.ports.Engine`. Raises EngineCorrupt for rows with non-finite logits; since a step
         changes nothing but KV of its own tokens, it may then be run again without them."""
         if on_layer is not None and self._device.type != "cpu":
             raise ServingError(f"KV in {self._device.type} memory cannot be handed off yet")
-        return self._stage.step(batch, unless_given_up(given_up, on_layer))
+        return self._stage.step(batch, on_layer, unwanted)
 
     def forget(self, request_id: str) -> None:
         """See `core.ports.Engine`."""
