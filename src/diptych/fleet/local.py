@@ -37,7 +37,7 @@ class LocalFleet:
         self._started: set[WorkerId] = set()
         self._registered: dict[WorkerId, asyncio.Event] = {}
         self._restarts: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self.failed: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
@@ -75,7 +75,7 @@ class LocalFleet:
 
     async def stop(self) -> None:
         """End every process: ask, then insist."""
-        self._stopping = True
+        self._stopping.set()
         if self._restarts is not None:
             self._restarts.cancel()
         for worker_id in self._processes:
@@ -90,10 +90,10 @@ class LocalFleet:
     async def _supervise(self, worker_id: WorkerId) -> None:
         backoff = FIRST_BACKOFF
         clock = asyncio.get_running_loop().time
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = clock()
             code = await self._run(worker_id)
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             if worker_id not in self._started:
                 self._give_up(worker_id, code)
@@ -101,7 +101,9 @@ class LocalFleet:
             if code != 0:  # 0: it has left in good order
                 backoff = FIRST_BACKOFF if clock() - started > HEALTHY_AFTER else min(2 * backoff, LONGEST_BACKOFF)
                 log.warning("worker %s ended (%s); restarting it in %.2f s", worker_id, _how(code), backoff)
-                await asyncio.sleep(backoff)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(backoff):
+                        await self._stopping.wait()
             settings = self._settings[worker_id]
             self._settings[worker_id] = replace(settings, epoch=settings.epoch + 1)
 
