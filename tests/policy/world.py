@@ -115,7 +115,7 @@ class WorldWorker:
             self.world.num_dropped += len(request_ids)
             self.handle(on.RowsDropped(request_ids))
 
-        questions = self.world.random.randrange(self.layout.num_layers + 1)
+        questions = self.world.random.randrange(self.layout.num_layers + 1) if self.unwanted else 0
         samples = self.engine.step(run.batch, on_layer, PlannedUnwanted(self.unwanted, questions, let_go))
         self.handle(on.StepFinished(tuple(samples), seconds=0.01))
 
