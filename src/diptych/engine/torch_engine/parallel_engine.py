@@ -23,7 +23,7 @@ from diptych.core.settings import EngineSettings
 from diptych.engine.torch_engine import rank_messages as messages
 from diptych.engine.torch_engine.checkpoint import open_checkpoint
 from diptych.engine.torch_engine.mirror import Teller
-from diptych.engine.torch_engine.rank_processes import SILENCE_SECONDS, RankProcesses
+from diptych.engine.torch_engine.rank_processes import SILENCE_SECONDS, ProcessEnds, RankProcesses
 from diptych.engine.torch_engine.shard import Shard
 
 OnProgress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ class ParallelEngine:
         self._has_kv = False
         self._lock = threading.Lock()  # guards the ranks, and what follows
         self._lost: OnLost | None = None
-        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, args=(ranks.ends(),), name="ranks", daemon=True)
         self._watcher.start()
 
     @classmethod
@@ -141,10 +141,10 @@ class ParallelEngine:
         if isinstance(failure, EngineLost):
             lost(failure)
 
-    def _watch(self) -> None:
+    def _watch(self, ends: ProcessEnds) -> None:
         """On a thread of its own: a rank that ends while nobody speaks to it. (A step notices by itself, and may know
         more about why.)"""
-        rank = self._ranks.wait_for_an_end()
+        rank = ends.first()
         with self._lock:
             if self._ranks.failure is not None:
                 return

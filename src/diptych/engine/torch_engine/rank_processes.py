@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from diptych.core.errors import CheckpointError, ConfigError, DiptychError, EngineLost, ProtocolError
 from diptych.engine.threads import thread_environment
@@ -24,10 +25,28 @@ SILENCE_SECONDS = 120.0  # in the middle of a step; the router has moved its str
 CAUSE_SECONDS = 1.0  # for the rank that failed first to be heard after one that failed for its sake
 
 
+class ProcessEnds:
+    """The ends of some children of ours, seen from any thread."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._descriptors = [os.pidfd_open(pid) for pid in pids]
+
+    def first(self) -> int:
+        """Wait, in the kernel, until one has ended; which. To be called once."""
+        ended = select.poll()
+        for descriptor in self._descriptors:
+            ended.register(descriptor, select.POLLIN)
+        [descriptor, _], *_ = ended.poll()
+        index = self._descriptors.index(descriptor)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        return index
+
+
 class RankProcesses:
     """`count` processes. What is wrong with one of them is wrong with all, since the others cannot go on without:
     then all are ended, and every call raises what has happened, EngineLost or (while loading) ConfigError. `failure` is
-    that, or None. For one thread at a time, but for `wait_for_an_end`."""
+    that, or None. For one thread at a time."""
 
     def __init__(self, count: int) -> None:
         self.failure: DiptychError | None = None
@@ -74,19 +93,9 @@ class RankProcesses:
             raise self._fail(rank, message)
         return rank, message
 
-    def wait_for_an_end(self) -> int:
-        """Wait until one of the processes has ended, and say which rank it was: in the kernel, on any thread."""
-        with contextlib.ExitStack() as stack:
-            ended, ranks = select.poll(), {}
-            for rank, process in enumerate(self._processes):
-                try:
-                    descriptor = os.pidfd_open(process.pid)
-                except ProcessLookupError:
-                    return rank
-                stack.callback(os.close, descriptor)
-                ended.register(descriptor, select.POLLIN)
-                ranks[descriptor] = rank
-            return ranks[ended.poll()[0][0]]
+    def ends(self) -> ProcessEnds:
+        """Something that waits for the first of them to end. To be asked for before any can have been reaped."""
+        return ProcessEnds([process.pid for process in self._processes])
 
     def ended(self, rank: int) -> DiptychError:
         """A rank has ended while nobody was speaking to it: end all. Returns what happened."""
