@@ -6,12 +6,16 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch_harness import Harness, expected_tokens, random_prompt
 
-from diptych.core.kv_layout import PrivateMemory
+from diptych.core.kv_layout import KVLayout, PrivateMemory
 from diptych.core.request import Request
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence
 from diptych.engine.scripted import ScriptedEngine, ScriptedModel
+from diptych.engine.torch_engine.dense_view import DenseView
+from diptych.engine.torch_engine.plan import StepPlan, plan_step
 from diptych.sim.unwanted import PlannedUnwanted
 
 NUM_TOKENS = 6
@@ -76,6 +80,38 @@ class Step:
 def rest_of(sequence: Sequence) -> ScheduledSequence:
     """All that it lacks."""
     return ScheduledSequence(sequence, sequence.num_computed_tokens, sequence.num_uncomputed_tokens, samples=True)
+
+
+@settings(deadline=None)
+@given(
+    shares=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9), st.booleans()), min_size=1, max_size=6),
+    leaving=st.sets(st.integers(0, 5)),
+)
+def test_a_plan_without_rows_is_that_of_the_others(shares: list[tuple[int, int, bool]], leaving: set[int]) -> None:
+    rows = []
+    for number, (start, num_tokens, samples) in enumerate(shares):
+        request = Request(request_id=str(number), prompt_token_ids=tuple(range(number, number + 30)))
+        sequence = Sequence.from_log(request)
+        sequence.block_table = list(range(8 * number, 8 * number + 8))
+        rows.append(ScheduledSequence(sequence, start, num_tokens, samples))
+    leaving = {number for number, row in enumerate(rows) if row.num_tokens > 1 and number in leaving}
+    left = [number for number in range(len(rows)) if number not in leaving]
+    plan, tokens = planned(rows).without(leaving)
+    right = planned([rows[number] for number in left])
+    for name in ("token_ids", "positions", "writes", "outputs"):
+        assert getattr(plan, name).tolist() == getattr(right, name).tolist(), name
+    assert plan.token_ids.tolist() == planned(rows).token_ids[tokens].tolist()
+    assert list(plan.sampling) == [left[place] for place in right.sampling]
+    assert [(chunk.tokens, chunk.start, chunk.samples, chunk.gather.tolist()) for chunk in plan.prefills] == [
+        (chunk.tokens, chunk.start, chunk.samples, chunk.gather.tolist()) for chunk in right.prefills
+    ]
+    assert [chunk.row for chunk in plan.prefills] == [left[chunk.row] for chunk in right.prefills]
+
+
+def planned(rows: list[ScheduledSequence]) -> StepPlan:
+    layout = KVLayout(num_layers=1, num_kv_heads=2, head_dim=4, dtype="float32", block_size=4)
+    view = DenseView(layout, torch.empty(0), limit=0)
+    return plan_step(Batch(tuple(rows)), layout, view, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("layer", range(3))
