@@ -141,15 +141,14 @@ class ScriptedEngine:
         """As the port says. Raises ServingError without KV cache or if a block table is too short."""
         if not self._memories:
             raise ServingError("the engine has no KV cache: allocate_kv comes before the first step")
-        for row in batch.rows:
-            if len(row.sequence.block_table) * self.layout.block_size < row.end:
-                raise ServingError(f"request {row.sequence.request_id} has no block for position {row.end - 1}")
         left = batch
         for layer in range(self.layout.num_layers):
             left = _without(left, unwanted)
             if not left.rows:
                 break
             for row in left.rows:
+                if len(row.sequence.block_table) * self.layout.block_size < row.end:
+                    raise ServingError(f"request {row.sequence.request_id} has no block for position {row.end - 1}")
                 _write(self._ranks(row, layer), layer, row)
             self._spend(self.step_seconds(left) / self.layout.num_layers, unwanted)
             if on_layer is not None:
