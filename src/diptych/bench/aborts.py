@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,21 +157,31 @@ async def _run(client: Client, case: Case, count: int) -> list[float]:
 
 
 def measure(model: str, count: int, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
-    """One row for each case: so many clients leave, one after another. A server serves them all."""
+    """One row for each case: so many clients leave, one after another. A server serves them all. Raises ValueError if
+    blocks never come back."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         command = (sys.executable, "-m", "diptych", "serve", *_model_flags(model, Path(directory)))
         flags = ("--port", str(port), "--served-model-name", NAME, "--journal", directory)
         leaving = []
-        with running((*command, *flags), f"http://{HOST}:{port}"):
+        with running((*command, *flags), f"http://{HOST}:{port}") as server:
             for case in cases:
                 leaving.append(asyncio.run(_run(Client(port), case, count)))
                 time.sleep(SETTLE_SECONDS)
+                _check_nothing_is_left(server.url)
         journals = Journals(Path(directory))
         return [
             {"model": model, "case": case.name} | fields([journals.freed(when) for when in each], count)
             for case, each in zip(cases, leaving, strict=True)
         ]
+
+
+def _check_nothing_is_left(url: str) -> None:
+    """Everybody has gone. Raises ValueError if a worker still holds blocks of somebody."""
+    with urllib.request.urlopen(f"{url}/fleet", timeout=10) as response:
+        held = {worker["id"]: worker["kv_blocks_used"] for worker in json.load(response)["workers"]}
+    if any(held.values()):
+        raise ValueError(f"blocks that never came back: {held}")
 
 
 def _model_flags(model: str, directory: Path) -> tuple[str, ...]:
