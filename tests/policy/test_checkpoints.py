@@ -219,3 +219,17 @@ def test_copies_are_nobody_s_load_and_keep_no_worker_from_leaving() -> None:
     assert world.router.stats().running == 1
     world.leave(buddy)
     ends_well(world, insured())
+
+
+def test_a_stream_that_moves_while_a_copy_is_under_way_is_copied_again() -> None:
+    world = World(7, FLEET | {"d2": Role.DECODE})
+    world.submit(insured())
+    while not copies(world):
+        assert world.step()
+    live = world.router.live["r"]
+    world.leave(live.route.decode)
+    assert (live.attempt, copies(world)) == (2, [])
+    while not copies(world):
+        assert world.step()
+    assert live.attempt == 2
+    ends_well(world, insured())
