@@ -71,3 +71,17 @@ def test_accepted_requests_wait_for_a_worker_on_probation() -> None:
     token = TokenOutput(probe.request.request_id, 0, SampledToken(1), FinishReason.LENGTH)
     said = router.handle(on.FirstTokenMade("m0", token, 0, 0.0, 0.0))
     assert [type(action) for action in said] == [do.StartLocal]
+
+
+def test_every_canary_has_a_name_of_its_own() -> None:
+    router = Router("m0", "m1", "m2")
+    for name in ("m1", "m2"):
+        router.handle(on.WorkerGone(name))
+        router.up(name)
+    router.at(0.5)
+    probes = router.canaries()
+    assert {probe.worker_id for probe in probes} == {"m1", "m2"}
+    for probe in probes:
+        token = TokenOutput(probe.request.request_id, 0, SampledToken(1), FinishReason.LENGTH)
+        router.handle(on.FirstTokenMade(probe.worker_id, token, 0, 0.0, 0.0))
+    assert len(router.policy.serving()) == 3

@@ -94,7 +94,17 @@ def test_a_copy_sends_only_what_the_buddy_lacks() -> None:
     stats = world.router.stats()
     assert stats.checkpoints == len(claims)
     assert stats.checkpoint_tokens == sum(ticket.num_tokens - ticket.first_block * BLOCK for ticket in claims)
-    for name in checkpoints_of(world):  # the source computes one token
+
+
+@pytest.mark.parametrize("every", [EVERY, EVERY - 3, EVERY + 3])
+def test_the_source_of_a_copy_computes_one_token(every: int) -> None:
+    world = World(1, FLEET)
+    world.submit(insured(every=every))
+    ends_well(world, insured(every=every))
+    assert len(checkpoints_of(world)) >= 3
+    for name in checkpoints_of(world):
+        asked_at = int(name.rpartition("~")[2])  # the length of the log: the last token has no KV yet
+        assert world.claims[name].num_tokens == (asked_at - 1) // BLOCK * BLOCK + 1
         assert world.cached[name] == world.claims[name].num_tokens - 1
 
 
@@ -122,6 +132,9 @@ def test_the_death_of_either_end_of_a_copy_leaves_nothing_behind(seed: int) -> N
     for _ in range(seed // 2):
         world.step()
     world.kill(copy.pair[seed % 2])
+    before = len(checkpoints_of(world))
+    run_until(world, 75)
+    assert len(checkpoints_of(world)) > before  # and there are others
     ends_well(world, insured())
 
 
@@ -172,6 +185,7 @@ def test_a_copy_that_a_worker_fails_to_compute_costs_nobody_trust() -> None:
 
 def test_a_copy_that_gets_no_ticket_soon_is_given_up() -> None:
     world = World(4, FLEET)
+    world.now = 100.0
     world.submit(insured())
     while not copies(world):
         assert world.step()
@@ -232,4 +246,18 @@ def test_a_stream_that_moves_while_a_copy_is_under_way_is_copied_again() -> None
     while not copies(world):
         assert world.step()
     assert live.attempt == 2
+    ends_well(world, insured())
+
+
+def test_a_copy_that_fails_is_not_repeated_at_once() -> None:
+    world = World(3, FLEET)
+    world.submit(insured())
+    while not copies(world):
+        assert world.step()
+    [copy] = copies(world)
+    live, begun = world.router.live["r"], world.router.live["r"].num_tokens
+    world.route(RequestFailed(copy.pair[0], copy.attempt_id, "engine_failed", "out of memory"))
+    while not copies(world):
+        assert world.step()
+    assert live.num_tokens >= begun + EVERY
     ends_well(world, insured())

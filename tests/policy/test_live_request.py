@@ -58,7 +58,7 @@ def test_a_stream_that_was_stopped_waits_for_nobody() -> None:
     live.stop(3.0)
     assert (live.wait, live.wait_since, live.awaited, live.workers) == (Wait.QUEUE, 3.0, None, ())
     assert not live.early  # another attempt makes its own
-    assert not (live.decodes or live.needs("m") or live.computes_on("m"))
+    assert (live.decodes, live.needs("m"), live.computes_on("m")) == (False, False, False)
 
 
 def test_only_waiting_between_attempts_is_held_against_the_queue_s_deadline() -> None:

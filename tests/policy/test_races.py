@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from world import World
 
-from diptych.core.events import RequestFailed
+from diptych.core.events import RequestFailed, Tick
 from diptych.core.fleet import Role
 from diptych.core.request import Preference, Request, SamplingParams
 
@@ -117,6 +117,29 @@ def test_a_rival_that_fails_is_out_of_the_race() -> None:
     world.route(RequestFailed(runners(world)["r~race1"], "r~race1", "engine_failed", "out of memory"))
     assert list(runners(world)) == ["r"]
     assert len(world.router.health.workers) == 1  # it is remembered, as of any attempt
+    own = world.router.live["r"]
+    world.route(RequestFailed(own.prefiller, "r", "engine_failed", "out of memory"))
+    assert own.attempt_id == "r~2"  # nobody is left to take its place
+    ends_well(world, raced())
+
+
+def test_a_rival_whose_worker_dies_is_out_of_the_race() -> None:
+    world = World(0, FLEET)
+    world.submit(raced())
+    world.kill(runners(world)["r~race1"], back=False)
+    live = world.router.live["r"]
+    assert not live.rivals
+    world.kill(live.prefiller, back=False)
+    assert live.attempt_id == "r~2"
+    ends_well(world, raced())
+
+
+def test_a_race_has_no_deadline_of_its_own() -> None:
+    world = World(0, FLEET)
+    world.submit(raced())
+    world.now += 30.0
+    world.route(Tick())
+    assert sorted(runners(world)) == ["r", "r~race1"]
     ends_well(world, raced())
 
 
