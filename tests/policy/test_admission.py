@@ -51,6 +51,15 @@ def test_the_router_serves_so_many_requests_and_no_more() -> None:
     assert (error.status, error.code) == (429, "queue_full")
     books.leave(request("a"))
     assert books.refusal("", 10, None, room()) is None
+    books.enter(request("c"), 0.0)
+    assert refused(books).code == "queue_full"
+
+
+def test_so_many_prompt_tokens_wait_and_no_more() -> None:
+    books = admission(max_queued_tokens=100)
+    books.enter(request("a", prompt=70), 0.0)
+    assert books.refusal("", 30, None, room()) is None
+    assert refused(books, prompt=31).code == "queue_full"
 
 
 def test_without_a_ready_worker_nothing_comes_in() -> None:
@@ -114,6 +123,7 @@ def test_refused_clients_are_not_told_to_come_back_all_at_once() -> None:
     assert 20.0 <= times[0] < times[-1] <= 20.0 * (1 + JITTER)
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     assert max(gaps) < 4 * 20.0 * JITTER / 100
+    assert times[-1] - times[0] > 0.9 * 20.0 * JITTER
     assert books.refused == {"queue_full": 100}
 
 

@@ -143,3 +143,15 @@ def test_oldest_first() -> None:
     for number in range(4):
         waiting.push(request(number, priority=-number), float(number))
     assert [entry.request_id for entry in waiting.older_than(2.0)] == ["r0", "r1"]
+
+
+def test_a_tenant_that_is_ahead_is_not_forgiven_for_having_an_empty_queue() -> None:
+    waiting = queue()
+    waiting.push(request(0, "a", cost=50), 0.0)
+    for number in range(10, 25):
+        waiting.push(request(number, "b", cost=10), 0.0)
+    waiting.take("r0")
+    waiting.take("r10")
+    waiting.push(request(9, "a", cost=2), 0.0)
+    order = drain(waiting)
+    assert 6 <= order.index("r9") < len(order) - 1  # b has twice its weight, and gets 100 before a's next one

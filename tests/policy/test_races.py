@@ -8,6 +8,8 @@ from world import World
 from diptych.core.events import RequestFailed, Tick
 from diptych.core.fleet import Role
 from diptych.core.request import Preference, Request, SamplingParams
+from diptych.policy.admission import AdmissionLimits
+from diptych.policy.saturation import RoomLimits
 
 FLEET = {"p0": Role.PREFILL, "p1": Role.PREFILL, "p2": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE}
 PROMPT = tuple(range(1, 41))
@@ -131,6 +133,34 @@ def test_a_rival_whose_worker_dies_is_out_of_the_race() -> None:
     assert not live.rivals
     world.kill(live.prefiller, back=False)
     assert live.attempt_id == "r~2"
+    ends_well(world, raced())
+
+
+def test_of_three_the_second_takes_the_first_s_place_and_the_third_goes_on() -> None:
+    world = World(0, FLEET)
+    world.submit(raced(race=3))
+    live = world.router.live["r"]
+    second, third = live.rivals
+    world.route(RequestFailed(live.prefiller, "r", "engine_failed", "out of memory"))
+    assert (live.attempt_id, live.rivals) == (second.attempt_id, [third])
+    assert sorted(runners(world)) == ["r~race1", "r~race2"]
+    while not world.tokens["r"]:
+        assert world.step()
+    assert len(runners(world)) == 1
+    ends_well(world, raced())
+    assert world.router.retried == 0
+
+
+def test_a_rival_needs_room_like_any_other() -> None:
+    world = World(0, FLEET)
+    world.router._limits = AdmissionLimits(room=RoomLimits(max_pending=1))
+    for name in ("a", "b"):
+        world.submit(raced(name, race=1))
+    world.submit(raced())
+    assert sorted(runners(world)) == ["a", "b", "r"]  # no prefill worker is left
+    world.run()
+    for name in ("a", "b"):
+        world.check_answered(raced(name, race=1))
     ends_well(world, raced())
 
 
