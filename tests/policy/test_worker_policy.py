@@ -147,6 +147,31 @@ def test_a_reservation_waits_for_room_and_is_granted_when_there_is() -> None:
     assert grant.request.request_id == "b"
 
 
+def test_a_reservation_that_is_aborted_leaves_the_queue_and_no_other_does() -> None:
+    policy = make_policy(num_blocks=4)
+    for name, num_tokens in (("a", 12), ("b", 15), ("c", 8)):
+        policy.handle(on.ReserveRequested(make_request(name, num_tokens=num_tokens)), now=0.0)
+    assert policy.stats().waiting == 2
+    assert kinds(policy.handle(on.AbortRequested("b"), now=0.0)) == ["ForgetRequest"]
+    assert policy.stats().waiting == 1
+    policy.handle(on.AbortRequested("a"), now=0.0)
+    [grant] = policy.handle(on.WriterGone("a"), now=0.0)
+    assert isinstance(grant, do.GrantTicket)
+    assert grant.request.request_id == "c"
+
+
+def test_no_more_hand_offs_are_taken_than_sequences_may_run() -> None:
+    policy = make_policy()
+    names = [f"r{number}" for number in range(5)]
+    granted = [policy.handle(on.ReserveRequested(make_request(name)), now=0.0) for name in names]
+    assert [kinds(actions) for actions in granted] == [["GrantTicket"]] * 4 + [[]]
+    assert policy.stats().waiting == 1
+    policy.handle(on.HandoffComplete("r0", SampledToken(5)), now=0.0)  # runs now, and counts still
+    assert policy.stats().waiting == 1
+    policy.handle(on.AbortRequested("r1"), now=0.0)
+    assert kinds(policy.handle(on.WriterGone("r1"), now=0.0)) == ["GrantTicket"]
+
+
 @pytest.mark.fault(41, 42)
 def test_an_overdue_handoff_fails_and_stays_in_quarantine() -> None:
     policy = make_policy()

@@ -168,7 +168,6 @@ def complaint(*flags: str) -> str:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--listen", "127.0.0.1:0"), ("--listen", "--key-file")),
         (("--listen", "10.0.0.1:7000", "--key-file", "KEY"), ("10.0.0.1", "--tls")),
         (("--listen", "0.0.0.0:0", "--key-file", "KEY"), ("0.0.0.0", "--tls")),
         (("--listen", "0.0.0.0:0", "--key-file", "KEY", "--tls"), ("0.0.0.0", "--advertise")),

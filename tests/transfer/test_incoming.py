@@ -117,6 +117,9 @@ def test_one_of_revoker_and_writer_reports_the_end(gone: str) -> None:
     assert writer_goes(book) == [ticket]
     assert ticket.released  # so the writer's thread reports it
     assert writer_goes(book) == []
+    assert book.revoke("r1") == (None, None)  # nothing is left of it
+    with pytest.raises(TicketError, match="not known here"):
+        book.begin(begin(), OTHER, LAYOUT)
 
     book, ticket = begun()
     assert writer_goes(book) == [ticket]
