@@ -18,7 +18,7 @@ from diptych.chaos import failpoints
 from diptych.chaos.failpoints import failpoint
 from diptych.core.clock import WallClock
 from diptych.core.errors import ConfigError
-from diptych.core.fleet import Role, WorkerId
+from diptych.core.fleet import Role, WorkerId, WorkerState, can_serve
 from diptych.core.settings import BatchSettings, CacheSettings, CutSettings, EngineSettings, WorkerSettings
 from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
@@ -32,6 +32,7 @@ from diptych.front.tenants import TenantKeys, Tenants
 from diptych.front.tokenizer import ByteTokenizer, Tokenizer
 from diptych.policy.admission import AdmissionLimits
 from diptych.policy.dispatch import RouterPolicy
+from diptych.policy.recovery import RecoverySettings
 from diptych.policy.routing import Routing
 from diptych.router.dispatch import FleetCallbacks, Router
 from diptych.signals import OperatorSignals
@@ -266,12 +267,14 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
             workers.confirm_started(worker_id)
             screen.joined(worker_id)
             awaited.discard(worker_id)
-            if not awaited and (join is None or router.ready()):
+            there = {worker.role for worker in router.workers() if worker.state is WorkerState.READY}
+            if not awaited and (join is None or can_serve(there)):
                 started.set()
 
         policy = RouterPolicy(
             Routing(transports=settings.transports),
             settings.http.admission,
+            recovery=RecoverySettings(try_paths=True),
         )
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.policy.breaker import Breakers, BreakerSettings, BreakerState
+from diptych.core.fleet import BreakerState
+from diptych.policy.breaker import Breakers, BreakerSettings
 
 SETTINGS = BreakerSettings(failures=3, first=1.0, longest=8.0, calm=60.0)
 

@@ -91,7 +91,7 @@ def test_a_copy_sends_only_what_the_buddy_lacks() -> None:
     assert len({ticket.worker_id for ticket in claims}) == 1
     for earlier, later in zip(claims, claims[1:], strict=False):
         assert later.first_block == earlier.num_tokens // BLOCK
-    stats = world.router.stats()
+    stats = world.router.stats(0.0)
     assert stats.checkpoints == len(claims)
     assert stats.checkpoint_tokens == sum(ticket.num_tokens - ticket.first_block * BLOCK for ticket in claims)
     for name in checkpoints_of(world):  # the source computes one token
@@ -216,6 +216,6 @@ def test_copies_are_nobody_s_load_and_keep_no_worker_from_leaving() -> None:
     buddy = copy.pair[1]
     assert buddy not in world.router.loads()
     assert not world.router.is_needed(buddy)
-    assert world.router.stats().running == 1
+    assert world.router.stats(0.0).running == 1
     world.leave(buddy)
     ends_well(world, insured())

@@ -68,7 +68,7 @@ def test_rivals_are_loads_until_they_have_lost_and_no_streams_of_their_own() -> 
     world.submit(raced())
     loads = world.router.loads()
     assert sorted(load.prefill_tokens for load in loads.values() if load.prefill_tokens) == [len(PROMPT)] * 2
-    assert world.router.stats().running == 1
+    assert world.router.stats(0.0).running == 1
     while not world.tokens["r"]:
         assert world.step()
     assert sum(load.sequences for load in world.router.loads().values()) == 1

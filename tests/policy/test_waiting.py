@@ -89,7 +89,7 @@ def test_a_request_that_fails_for_good_leaves_the_books_and_its_place() -> None:
     actions = policy.handle(RequestFailed("m0", "a0", "engine_corrupt", "not finite"), 0.0)
     assert [type(action) for action in actions] == [DeliverFailure, StartLocal]
     policy.handle(RequestFailed("m0", "a1", "engine_corrupt", "not finite"), 0.0)
-    assert (policy.live, policy.stats().waiting, policy.admission._usage) == ({}, 0, {})
+    assert (policy.live, policy.stats(0.0).waiting, policy.admission._usage) == ({}, 0, {})
 
 
 @pytest.mark.fault(33)

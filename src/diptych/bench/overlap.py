@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -106,6 +107,13 @@ class Conductor:
             raise RuntimeError(f"expected {kind.__name__}, a worker sent {answer}")
         return answer
 
+    async def beat(self) -> None:
+        """Show the workers that there is still somebody."""
+        for number in itertools.count(1):
+            await asyncio.sleep(1.0)
+            for channel in self._channels.values():
+                channel.send(messages.Ping(number))
+
     def end(self) -> None:
         for channel in self._channels.values():
             channel.send(messages.Shutdown())
@@ -172,6 +180,7 @@ async def _fleet(plan: Plan, directory: Path) -> AsyncIterator[Conductor]:
         for name in plan.transports
     ]
     processes = [_start(settings, directory) for settings in (common, *decoders)]
+    beating = asyncio.create_task(conductor.beat())
     try:
         await conductor.joined(len(processes))
         yield conductor
@@ -179,6 +188,7 @@ async def _fleet(plan: Plan, directory: Path) -> AsyncIterator[Conductor]:
         for process in processes:
             await asyncio.to_thread(process.join)
     finally:
+        beating.cancel()
         for process in processes:
             process.kill()
         await listener.close()

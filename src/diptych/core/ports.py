@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from diptych.core.fleet import ModelInfo, Route, RouterStats, WorkerView
+from diptych.core.fleet import ModelInfo, Readiness, Route, RouterStats, WorkerView
 from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.core.request import Request, SampledToken, TokenOutput
 from diptych.core.sequence import Batch
@@ -126,6 +126,6 @@ class Dispatcher(Protocol):
         """The router's own loop beats."""
         ...
 
-    def ready(self) -> bool:
-        """Somebody can serve: at least one worker of each needed role is ready, and none is draining."""
+    def readiness(self) -> Readiness:
+        """Whether requests that are sent now are served, and as they are meant to be."""
         ...

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 import diptych
 from diptych.core.errors import DiptychError, RequestError, UnavailableError
-from diptych.core.fleet import WorkerView
+from diptych.core.fleet import Readiness, WorkerView
 from diptych.core.ports import Dispatcher
 from diptych.front.disconnect import ClientGone
 from diptych.front.errors import json_response, on_diptych_error, on_disconnect, on_http_exception, on_unexpected
@@ -36,6 +36,7 @@ from diptych.telemetry.prometheus import ServerMetrics
 PROTECTED = ("/v1/", "/tokenize", "/detokenize")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WORKERS_RETRY_SECONDS = 1.0
+DEGRADED = "no prefill worker can hand KV over to a decode worker: requests are served un-split"
 
 
 def create_app(dispatcher: Dispatcher, codec: TextCodec, settings: FrontSettings) -> Starlette:
@@ -144,10 +145,12 @@ class StatusRoutes:
         return json_response({"status": "ok"})
 
     async def ready(self, http: HttpRequest) -> Response:
-        """Whether a request sent now would be served."""
-        if not (self._dispatcher.alive() and self._dispatcher.ready()):
+        """Whether a request sent now would be served, and as it is meant to be."""
+        readiness = self._dispatcher.readiness() if self._dispatcher.alive() else Readiness.NO
+        if readiness is Readiness.NO:
             raise UnavailableError("not enough workers are ready", retry_after=WORKERS_RETRY_SECONDS)
-        return json_response({"status": "ok"})
+        why = {"reason": DEGRADED} if readiness is Readiness.DEGRADED else {}
+        return json_response({"status": readiness} | why)
 
     async def version(self, http: HttpRequest) -> Response:
         return json_response({"version": diptych.__version__})

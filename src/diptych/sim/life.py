@@ -25,7 +25,7 @@ from diptych.policy.worker import WorkerPolicy
 from diptych.sim import frames, messages
 from diptych.sim.checks import Place, check_grant, check_over, check_step, check_tickets
 from diptych.sim.kernel import Process
-from diptych.sim.network import End, Pipe
+from diptych.sim.network import ROUTER, End, Pipe
 from diptych.sim.push_link import PushLink
 from diptych.sim.receiver import Receiver
 from diptych.sim.scenario import FaultKind, Spoil, WorkerSpec
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diptych.sim.world import World
 
 TICK_SECONDS = 1.0
+SILENCE_SECONDS = 20.0  # as in worker.router_watch
 
 
 class Segments:
@@ -87,6 +88,7 @@ class Life:
         self._ended: list[str] = []  # requests about which the router has said everything
         self._tick_due = self._report_due = False
         self._last_stats = WorkerStats()
+        self._deaf_since: float | None = None
 
     def _rank(self, data_rank: int, limits: BatchLimits) -> WorkerPolicy:
         layout, eos = self.engine.layout, self.engine.model.eos_token_ids
@@ -203,6 +205,21 @@ class Life:
                 self.handle(message)
             case _:
                 raise TypeError(f"the router said {message}")
+
+    def watch_router(self) -> None:
+        """To be called when the router may have fallen silent, or be heard again. (Stands for its pings.)"""
+        kernel = self.world.kernel
+        if not self.world.network.is_cut((ROUTER, self.worker_id)):
+            self._deaf_since = None
+        elif self._deaf_since is None:
+            since = self._deaf_since = kernel.now
+            patience = SILENCE_SECONDS + TICK_SECONDS * self.world.rng.random()
+            kernel.after(patience, lambda: self.process.run(lambda: self._check_router(since)))
+
+    def _check_router(self, since: float) -> None:
+        if self._deaf_since == since and not self.closing:
+            self.tell("gives the router up, which has fallen silent")
+            self.close()
 
     def _check_over(self) -> None:
         """What is over is over, at the latest after the step that it takes part in."""

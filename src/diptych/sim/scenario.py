@@ -219,7 +219,7 @@ def _fault(rng: random.Random, names: list[str], span: float) -> Fault:
         worker=worker,
         at=rng.uniform(0.15, span),
         after_event=rng.randrange(12, 120) if rng.random() < 0.5 else None,
-        seconds=rng.choice((0.3, 3.0, 12.0)) * (0.5 + rng.random()),
+        seconds=rng.choice((0.3, 3.0, 12.0, 24.0)) * (0.5 + rng.random()),
         other=rng.choice(others),
         extra=rng.choice((0.2, 1.0, 4.0) if kind is FaultKind.DELAY else (1.0, 20.0, 300.0)),
         how=rng.choice(list(Spoil)),

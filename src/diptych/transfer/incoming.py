@@ -53,13 +53,19 @@ class Incoming:
 
 
 class TicketBook:
-    """All tickets that are out. `counts` says what was turned away, by reason."""
+    """All tickets that are out."""
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
         self._lock = threading.Lock()
         self._tickets: dict[str, Incoming] = {}
         self.counts: Counter[str] = Counter()
+
+    @property
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """What was not taken: why, and how often."""
+        with self._lock:
+            return tuple(sorted(self.counts.items()))
 
     def count(self, reason: str) -> None:
         """Something was turned away."""

@@ -124,6 +124,11 @@ class DataPlane:
     def revoke(self, request_id: str) -> None:
         self._receiver.revoke(request_id)
 
+    @property
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """What came and was not taken: why, and how often."""
+        return self._receiver.book.turned_away
+
     # as source
 
     def open_link(self, target: WorkerId, epoch: Epoch, endpoint: KVEndpoint) -> None:

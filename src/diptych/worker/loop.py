@@ -42,7 +42,7 @@ from diptych.worker.step_runner import StepRunner
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0  # heartbeat and deadlines
+TICK_SECONDS = 1.0  # deadlines
 REPORT_SECONDS = 0.02  # how long a change of load may wait for others before it is reported
 
 NONCE_BYTES = 16
@@ -72,6 +72,7 @@ class WorkerLoop:
         self._manifest: Manifest | None = None
         self._report_due = False
         self._last_stats = policy.stats()
+        self._last_ping = 0
 
     def start(self, data: DataPlane, manifest: Manifest) -> None:
         """Begin. (The data plane posts its events here, so it is made after this object.)"""
@@ -114,11 +115,19 @@ class WorkerLoop:
             self._loop.call_later(REPORT_SECONDS, self._report)
 
     async def beat(self) -> None:
-        """Tick and report for as long as the task lives."""
+        """Tick for as long as the task lives."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.handle(Tick())
-            self._channel.send(messages.Heartbeat(self._policy.stats()))
+
+    def answer(self, ping: int) -> None:
+        """The router wants a sign of life."""
+        self._last_ping = ping
+        self._send_heartbeat()
+
+    def _send_heartbeat(self) -> None:
+        self._last_stats = self._policy.stats()
+        self._channel.send(messages.Heartbeat(self._last_stats, self._last_ping, self.data.turned_away))
 
     async def stop(self) -> None:
         """Finish the running step, have the engine forget everybody, then close transfers."""
@@ -137,10 +146,8 @@ class WorkerLoop:
         stored, evicted = self._policy.drain_cache_events()
         if stored or evicted:
             self._channel.send(messages.KVEvents(stored, evicted))
-        stats = self._policy.stats()
-        if stats != self._last_stats:
-            self._last_stats = stats
-            self._channel.send(messages.Heartbeat(stats))
+        if self._policy.stats() != self._last_stats:
+            self._send_heartbeat()
 
     def _perform(self, action: WorkerAction) -> None:
         match action:

@@ -2,7 +2,7 @@
 
 1. connect to the router, load the engine (telling the router how far it is), take the KV memory
 2. say what is here; a refusal ends the process with the reason
-3. serve until told to shut down, until a signal (`worker.departure`), or until the router is gone
+3. serve until told to shut down, until a signal (`worker.departure`), or until the router is gone or silent
 
 This is the life of a worker that `fleet.local` supervises; `worker.joining` makes several of it.
 """
@@ -41,6 +41,7 @@ from diptych.worker.data_plane import DataPlane, SharedKV, share_kv
 from diptych.worker.departure import Departure
 from diptych.worker.host import host_identity
 from diptych.worker.loop import WorkerLoop
+from diptych.worker.router_watch import RouterWatch
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +128,12 @@ async def serve(
                 messages.WIRE_VERSION, settings.worker_id, settings.epoch, os.getpid(), settings.role, manifest
             )
         )
-        receiving = asyncio.create_task(_receive(settings, channel, worker))
+        watch = RouterWatch(WallClock())
+        receiving = asyncio.create_task(_receive(settings, channel, worker, watch))
+        silence = asyncio.create_task(watch.until_silent())
         tasks: list[asyncio.Future[Any]] = [
             receiving,
+            silence,
             asyncio.create_task(worker.beat()),
             asyncio.create_task(leaving()),
             _first_failed_callback(),
@@ -138,7 +142,9 @@ async def serve(
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            return receiving.result() if receiving in done else End.LEFT
+            if receiving in done:
+                return receiving.result()
+            return End.ROUTER_GONE if silence in done else End.LEFT
         finally:
             for task in tasks:
                 task.cancel()
@@ -178,10 +184,13 @@ def _policy(settings: WorkerSettings, engine: Engine, kv: SharedKV) -> WorkerPol
     return ranks[0] if len(ranks) == 1 else DataParallelPolicy(ranks)
 
 
-async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop) -> End:
+async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop, watch: RouterWatch) -> End:
     """Turn the router's messages into events, until it says to end or is gone."""
     async for message in channel:
+        watch.heard()
         match message:
+            case messages.Ping(number):
+                worker.answer(number)
             case messages.Serve(request, outputs):
                 worker.handle(ServeRequested(request, outputs))
             case messages.Reserve(request, outputs):
