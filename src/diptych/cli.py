@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from diptych import __version__
-from diptych.core.errors import ConfigError, DiptychError
+from diptych.core.errors import ConfigError, DiptychError, in_words
 from diptych.core.fleet import Role
 from diptych.core.settings import BatchSettings, CacheSettings, CutSettings
 from diptych.cut_flags import takes_cuts
@@ -35,9 +35,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: {in_words(error)}") from error
     known = {parameter.name for parameter in context.command.params} - {"config"}
     defaults: dict[str, Any] = {key.replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(set(defaults) - known)

@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from diptych.chaos import failpoints
 from diptych.chaos.failpoints import failpoint
 from diptych.core.clock import WallClock
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, in_words
 from diptych.core.fleet import Role, WorkerId, WorkerState, can_serve
 from diptych.core.settings import BatchSettings, CacheSettings, CutSettings, EngineSettings, WorkerSettings
 from diptych.engine.hub import resolve_checkpoint
@@ -35,6 +34,7 @@ from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.recovery import RecoverySettings
 from diptych.policy.routing import Routing
 from diptych.router.dispatch import FleetCallbacks, Router
+from diptych.run_directory import run_directory
 from diptych.signals import OperatorSignals
 from diptych.startup import Screen
 from diptych.telemetry.journal import open_journal
@@ -166,6 +166,17 @@ class ServeSettings:
     def transports(self) -> tuple[str, ...]:
         return TRANSPORTS[self.pools.transport]
 
+    @property
+    def front(self) -> FrontSettings:
+        """Raises ConfigError if clients could not be served so."""
+        return FrontSettings(
+            served_model_names=self.http.served_model_names or (self.engine.served_name,),
+            keys=self.http.keys,
+            checkpoint_tokens=self.http.checkpoint_tokens,
+            copies=self.cache.prefix_caching,
+            race=self.http.race_prefill,
+        )
+
 
 def engine_settings(model: str | None, **options: Any) -> EngineSettings:
     """The engine's settings, its model resolved to a directory here (None: the model that comes along).
@@ -207,6 +218,7 @@ class _Fleet:
 
 
 async def _serve(settings: ServeSettings) -> None:
+    front = settings.front  # what is wrong with it is said before the workers load
     signals = OperatorSignals()
     draining, stopping = asyncio.create_task(signals.drain.wait()), asyncio.create_task(signals.stop.wait())
     connections = connection_limits(settings.http.max_connections)
@@ -217,7 +229,7 @@ async def _serve(settings: ServeSettings) -> None:
             raise fleet.failed.result()
         if not signals.drain.is_set():
             signals.on_hangup(fleet.workers.restart_each)
-            async with _front(settings, fleet, sock, connections):
+            async with _front(settings, front, fleet, sock, connections):
                 await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
                 failpoint("router.draining")
                 drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
@@ -230,23 +242,16 @@ async def _serve(settings: ServeSettings) -> None:
 
 @contextlib.asynccontextmanager
 async def _front(
-    settings: ServeSettings, fleet: _Fleet, sock: socket.socket, connections: ConnectionLimits
+    settings: ServeSettings, front: FrontSettings, fleet: _Fleet, sock: socket.socket, connections: ConnectionLimits
 ) -> AsyncIterator[None]:
     """The HTTP server, announced on the screen."""
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
-    names = settings.http.served_model_names or (settings.engine.served_name,)
-    front = FrontSettings(
-        served_model_names=names,
-        keys=settings.http.keys,
-        max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
-        checkpoint_tokens=settings.http.checkpoint_tokens,
-        race=settings.http.race_prefill,
-    )
+    front = replace(front, max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len))
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
     async with http_serve(app, sock, limits=connections) as server:
-        fleet.screen.ready(server.url, names[0], fleet.router, example)
+        fleet.screen.ready(server.url, front.served_model_names[0], fleet.router, example)
         yield
 
 
@@ -256,7 +261,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
     roles = settings.pools.roles()
     join = settings.join
     key = secrets.token_bytes(KEY_BYTES) if join is None else read_or_create_key(join.key_file)
-    with tempfile.TemporaryDirectory(prefix="diptych-") as run_dir:
+    with run_directory() as run_dir:
         address = f"unix:{run_dir}/router.sock"
         workers = LocalFleet(_worker_settings(settings, roles, address, key, run_dir))
         screen = Screen(roles)
@@ -338,5 +343,8 @@ def _worker_settings(
 def _journal_path(settings: ServeSettings, name: str) -> str | None:
     if settings.journal is None:
         return None
-    settings.journal.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.journal.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--journal {settings.journal}: {in_words(error)}") from error
     return str(settings.journal / f"{name}.jsonl")

@@ -175,6 +175,7 @@ def test_port_in_use(server: Server) -> None:
         ((*SCRIPTED, "--max-batch-tokens", "32"), ("--max-batch-tokens", "--max-sequences")),
         ((*SCRIPTED, "--api-key", ""), ("--api-key",)),
         ((*SCRIPTED, "--host", "host.invalid"), ("--host", "host.invalid")),
+        ((*SCRIPTED, "--journal", "/dev/null/x"), ("--journal /dev/null/x: Not a directory",)),
     ],
     ids=lambda value: "-".join(value[-2:]).replace("/", "_") if isinstance(value, tuple) else None,
 )
