@@ -208,13 +208,27 @@ def run(settings: ServeSettings) -> None:
 
 @dataclass(slots=True)
 class _Fleet:
-    """Router and workers while they run. `started` ends when all workers have registered once."""
+    """Router and workers while they run. `started` ends when all workers have registered once, `failed` (with an
+    exception) if they cannot, or if the router's loop breaks down."""
 
     router: Router
     workers: LocalFleet
     screen: Screen
     started: asyncio.Task[Any]
-    failed: asyncio.Future[Any]
+    failed: asyncio.Task[None]
+
+    def check(self) -> None:
+        """Raises why it has failed, if it has."""
+        if self.failed.done():
+            self.failed.result()
+
+
+async def _failure(workers: LocalFleet, beating: asyncio.Task[None]) -> None:
+    """Raises what ends the server. Without its beat a router would notice nothing any more."""
+    await asyncio.wait({workers.failed, beating}, return_when=asyncio.FIRST_COMPLETED)
+    if workers.failed.done():
+        raise workers.failed.result()
+    beating.result()
 
 
 async def _serve(settings: ServeSettings) -> None:
@@ -225,12 +239,12 @@ async def _serve(settings: ServeSettings) -> None:
     sock = bind(settings.http.host, settings.http.port)  # before the workers load: a port in use is known at once
     async with _fleet(settings) as fleet:
         await asyncio.wait({fleet.started, fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
-        if fleet.failed.done():
-            raise fleet.failed.result()
+        fleet.check()
         if not signals.drain.is_set():
             signals.on_hangup(fleet.workers.restart_each)
             async with _front(settings, front, fleet, sock, connections):
                 await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
+                fleet.check()
                 failpoint("router.draining")
                 drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
                 await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -284,7 +298,8 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)
         router = Router(policy, WallClock(), journal, expected=roles, callbacks=callbacks)
-        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(router.beat())]
+        beating = asyncio.create_task(router.beat())
+        tasks: list[asyncio.Task[Any]] = [beating]
         listeners = [await listen(address, key, router.on_channel, messages.FromWorker)]
         try:
             if join is not None:
@@ -292,9 +307,10 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
                 screen.listening(join.flags(listeners[-1].address))
             workers.start()
             waiting = asyncio.create_task(started.wait())
-            tasks.append(waiting)
+            failure = asyncio.create_task(_failure(workers, beating))
+            tasks += [waiting, failure]
             with screen:
-                yield _Fleet(router, workers, screen, waiting, workers.failed)
+                yield _Fleet(router, workers, screen, waiting, failure)
         finally:
             router.shutdown()
             await workers.stop()
@@ -310,7 +326,8 @@ async def _listen_for_others(join: JoinPoint, key: bytes, router: Router) -> Lis
     try:
         return await listen(str(address), key, router.on_channel, messages.FromWorker)
     except OSError as error:
-        raise ConfigError(f"cannot listen at {address}: {error.strerror}; change --listen") from error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else in_words(error)
+        raise ConfigError(f"cannot listen at {address}: {reason}; change --listen") from error
 
 
 def _worker_settings(

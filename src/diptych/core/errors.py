@@ -149,6 +149,8 @@ def in_words(error: BaseException) -> str:
     match error:
         case ConnectionRefusedError():
             return "nobody listens there"
+        case TimeoutError():
+            return "no answer in time"
         case UnicodeDecodeError():
             return "it is no UTF-8 text"
         case OSError(strerror=str(reason)):
