@@ -52,8 +52,19 @@ class Readiness(StrEnum):
     """Whether a server can serve as it is meant to."""
 
     NO = "not ready"
-    DEGRADED = "degraded"  # it serves, but un-split only: no pair can hand KV over
+    DEGRADED = "degraded"
     YES = "ok"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not better; empty if all is well."""
+        match self:
+            case Readiness.NO:
+                return "not enough workers are ready"
+            case Readiness.DEGRADED:
+                return "no prefill worker can hand KV over to a decode worker: requests are served un-split"
+            case Readiness.YES:
+                return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,6 @@ from diptych.telemetry.prometheus import ServerMetrics
 PROTECTED = ("/v1/", "/tokenize", "/detokenize")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WORKERS_RETRY_SECONDS = 1.0
-DEGRADED = "no prefill worker can hand KV over to a decode worker: requests are served un-split"
 
 
 def create_app(dispatcher: Dispatcher, codec: TextCodec, settings: FrontSettings) -> Starlette:
@@ -148,8 +147,8 @@ class StatusRoutes:
         """Whether a request sent now would be served, and as it is meant to be."""
         readiness = self._dispatcher.readiness() if self._dispatcher.alive() else Readiness.NO
         if readiness is Readiness.NO:
-            raise UnavailableError("not enough workers are ready", retry_after=WORKERS_RETRY_SECONDS)
-        why = {"reason": DEGRADED} if readiness is Readiness.DEGRADED else {}
+            raise UnavailableError(readiness.reason, retry_after=WORKERS_RETRY_SECONDS)
+        why = {"reason": readiness.reason} if readiness.reason else {}
         return json_response({"status": readiness} | why)
 
     async def version(self, http: HttpRequest) -> Response:

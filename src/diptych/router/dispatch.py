@@ -279,7 +279,7 @@ class Router:
         if self._readiness is before:
             return
         if self._readiness is Readiness.DEGRADED:
-            log.warning("no prefill worker can hand KV over to a decode worker: requests are served un-split")
+            log.warning("%s", self._readiness.reason)
         elif before is Readiness.DEGRADED and self._readiness is Readiness.YES:
             log.warning("KV is handed over again")
 
