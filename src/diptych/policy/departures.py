@@ -1,4 +1,4 @@
-"""Workers that leave: their streams go on elsewhere before they end."""
+"""Workers that leave in good order: their streams go on elsewhere."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Mapping
 from diptych.core.actions import RouterAction
 from diptych.core.fleet import WorkerId, WorkerState, WorkerView
 from diptych.policy.attempts import Attempts
+from diptych.policy.deadlines import Deadlines
 from diptych.policy.placement import Place
 
 
 class Departures:
-    """Who leaves, and since when. A worker may keep a stream that cannot be handed over with its KV for `patience`
-    seconds.
+    """Who leaves, and since when.
 
     Attributes:
         moved: streams that were handed over.
     """
 
-    def __init__(self, attempts: Attempts, patience: float) -> None:
-        self._attempts = attempts
-        self._patience = patience
-        self._since: dict[WorkerId, float] = {}
+    def __init__(self, attempts: Attempts, deadlines: Deadlines) -> None:
         self.moved = 0
+        self._attempts = attempts
+        self._deadlines = deadlines
+        self._since: dict[WorkerId, float] = {}
 
     def updated(self, view: WorkerView, now: float) -> list[RouterAction]:
-        """A worker has said how it is."""
+        """A worker has said how it is: it may have begun to leave."""
         if view.state is not WorkerState.DRAINING:
             self._since.pop(view.worker_id, None)
         elif view.worker_id not in self._since:
@@ -34,17 +34,17 @@ class Departures:
         return []
 
     def gone(self, worker_id: WorkerId) -> bool:
-        """A worker is no more. Returns whether it had said that it would leave."""
+        """It is not there any more. Returns whether it was about to leave."""
         return self._since.pop(worker_id, None) is not None
 
-    def go_on(self, workers: Mapping[WorkerId, WorkerView], now: float) -> list[RouterAction]:
-        """Move what could not be moved before."""
-        return [action for worker_id in list(self._since) for action in self._move_off(workers[worker_id], now)]
+    def tick(self, workers: Mapping[WorkerId, WorkerView], now: float) -> list[RouterAction]:
+        """Go on with all of them."""
+        return [action for worker_id in self._since for action in self._move_off(workers[worker_id], now)]
 
     def _move_off(self, source: WorkerView, now: float) -> list[RouterAction]:
-        """Its streams go on elsewhere: with their KV as soon as all of it is there, without it when they have had their
-        time."""
-        overtime = now - self._since[source.worker_id] > self._patience
+        """Streams of a worker that leaves go on elsewhere: with their KV as soon as all of it is there, without it
+        when they have had their time."""
+        overtime = now - self._since[source.worker_id] > self._deadlines.drain
         actions: list[RouterAction] = []
         for live in list(self._attempts.running.values()):
             if live.shadow is not None or not live.needs(source.worker_id):

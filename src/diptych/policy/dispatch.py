@@ -76,7 +76,7 @@ class RouterPolicy:
         self._attempts = Attempts(self._placement, self.health, self._budget)
         self._shadows = Shadows(self._attempts, self._placement, self.health, settings)
         self._races = Races(self._attempts)
-        self._departures = Departures(self._attempts, settings.deadlines.drain)
+        self._departures = Departures(self._attempts, settings.deadlines)
         self._limits = limits or AdmissionLimits()
         self.admission = Admission(self._limits)
         self._deadlines = settings.deadlines
@@ -129,6 +129,11 @@ class RouterPolicy:
         """Attempts after the first."""
         return self._attempts.retried
 
+    @property
+    def moved(self) -> int:
+        """Streams handed over by workers that leave."""
+        return self._departures.moved
+
     def stats(self, now: float) -> RouterStats:
         waiting = len(self.admission.queue) + len(self._attempts.waiting)
         return RouterStats(
@@ -136,7 +141,7 @@ class RouterPolicy:
             waiting=waiting,
             waiting_tokens=self.admission.queue.prompt_tokens,
             retried=self.retried,
-            moved=self._departures.moved,
+            moved=self.moved,
             checkpoints=self._shadows.checkpoints.taken,
             checkpoint_tokens=self._shadows.checkpoints.tokens,
             ignored=self.ignored,
@@ -334,7 +339,7 @@ class RouterPolicy:
 
     def _tick(self, now: float) -> list[RouterAction]:
         self.health.prune(now)
-        actions = self._departures.go_on(self.workers, now)
+        actions = self._departures.tick(self.workers, now)
         for live in list(self.live.values()):
             actions += self._check_deadlines(live, now)
         return actions + self._shadows.check_deadlines(now)

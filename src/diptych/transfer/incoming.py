@@ -53,7 +53,7 @@ class Incoming:
 
 
 class TicketBook:
-    """All tickets that are out."""
+    """All tickets that are out. `counts` says what was turned away, by reason."""
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
@@ -61,16 +61,15 @@ class TicketBook:
         self._tickets: dict[str, Incoming] = {}
         self.counts: Counter[str] = Counter()
 
-    @property
-    def turned_away(self) -> tuple[tuple[str, int], ...]:
-        """What was not taken: why, and how often."""
-        with self._lock:
-            return tuple(sorted(self.counts.items()))
-
     def count(self, reason: str) -> None:
         """Something was turned away."""
         with self._lock:
             self.counts[reason] += 1
+
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """`counts`, now."""
+        with self._lock:
+            return tuple(sorted(self.counts.items()))
 
     def expect(self, claims: TicketClaims) -> None:
         """A ticket has been granted."""

@@ -116,6 +116,11 @@ class DataPlane:
         if not self._closed:
             self._post(event)
 
+    @property
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """What was no good, by reason, and how often."""
+        return self._receiver.book.turned_away()
+
     # as target
 
     def expect(self, claims: TicketClaims) -> None:
@@ -123,11 +128,6 @@ class DataPlane:
 
     def revoke(self, request_id: str) -> None:
         self._receiver.revoke(request_id)
-
-    @property
-    def turned_away(self) -> tuple[tuple[str, int], ...]:
-        """What came and was not taken: why, and how often."""
-        return self._receiver.book.turned_away
 
     # as source
 
