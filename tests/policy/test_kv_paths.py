@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.core.actions import AbortOn, ReserveBlocks, RouterAction, StartPrefill
+from diptych.core.actions import AbortOn, ReserveBlocks, RouterAction, StartLocal, StartPrefill
 from diptych.core.events import (
     FirstTokenMade,
     RequestFailed,
@@ -99,6 +99,8 @@ def test_mixed_workers_need_no_path() -> None:
     policy = router()
     assert join(policy, "m0", "m1") == []
     assert policy.readiness() is Readiness.YES
+    join(policy, "p0", "d0")
+    assert policy.readiness() is Readiness.DEGRADED  # it has served all the time
 
 
 def test_workers_without_a_common_transport_are_degraded() -> None:
@@ -124,7 +126,9 @@ def test_every_worker_is_in_a_pair_and_pairs_are_few(order: list[str]) -> None:
 @given(st.lists(st.tuples(st.sampled_from(["join", "gone", "ok", "fail"]), st.sampled_from(["p0", "p1", "d0", "d1"]))))
 def test_whoever_has_no_pair_is_to_be_tried(happened: list[tuple[str, str]]) -> None:
     """Whatever happens to workers and canaries."""
-    paths, there, running = KVPaths(enabled=True), {}, set()
+    paths, there = KVPaths(enabled=True), {}
+    running: set[tuple[str, str]] = set()
+    proven: set[tuple[str, str]] = set()
     blocked: set[tuple[str, str]] = set()
     for what, worker in happened:
         pair = next((pair for pair in sorted(running) if worker in pair), None)
@@ -133,18 +137,20 @@ def test_whoever_has_no_pair_is_to_be_tried(happened: list[tuple[str, str]]) -> 
             paths.joined(worker)
         elif what == "gone" and worker in there:
             del there[worker]
-            running = {pair for pair in running if worker not in pair}
-            blocked = {pair for pair in blocked if worker not in pair}
+            for pairs in (running, proven, blocked):
+                pairs.difference_update([pair for pair in pairs if worker in pair])
             paths.gone(worker)
         elif what == "ok" and pair is not None:
             running.discard(pair)
+            proven.add(pair)
             paths.succeeded(pair)
         elif what == "fail" and pair is not None:
             running.discard(pair)
             blocked.add(pair)
             paths.failed(pair)
         running.update(paths.due(list(there.values()), Routing().transport, blocked))
-        assert paths.untried <= there.keys()
+        known = {worker for pair in running | proven for worker in pair}
+        assert paths.untried == there.keys() - known
         for idle in paths.untried:
             partners = {(p, d) for p in there for d in there if p[0] == "p" and d[0] == "d" and idle in (p, d)}
             assert partners <= blocked
@@ -166,3 +172,34 @@ def test_readiness_needs_both_ends_of_a_path(worker: str) -> None:
     paths = KVPaths(enabled=True)
     paths.succeeded(("p0", "d0"))
     assert paths.readiness([view(worker)], ()) is Readiness.NO
+
+
+@pytest.mark.parametrize("worker", ["p0", "d0"])
+def test_a_new_life_shows_it_anew(worker: str) -> None:
+    policy = router()
+    [reserve] = join(policy, "p0", "d0")
+    hand_over(policy, reserve)
+    policy.handle(WorkerGone(worker), 1.0)
+    assert policy.readiness() is Readiness.NO
+    actions = join(policy, worker, now=1.0)
+    assert policy.readiness() is Readiness.NO
+    while not any(isinstance(action, ReserveBlocks) for action in actions):  # it has died: first it is tried alone
+        wake = policy.wake_at(1.0)
+        actions += policy.handle(Tick(), 2.0 if wake is None else wake)
+        for action in list(actions):
+            if isinstance(action, StartLocal):
+                made = TokenOutput(action.request.request_id, 0, SampledToken(1), FinishReason.LENGTH)
+                actions += policy.handle(FirstTokenMade(worker, made, 0, 0.0, 0.0), 2.0)
+    assert policy.readiness() is Readiness.NO
+    hand_over(policy, actions[-1], 2.1)
+    assert policy.readiness() is Readiness.YES
+
+
+def test_workers_that_come_together_are_tried_with_one_partner_each() -> None:
+    paths = KVPaths(enabled=True)
+    workers = [view(name) for name in ("p0", "p1", "p2", "d0", "d1", "d2")]
+    for worker in workers:
+        paths.joined(worker.worker_id)
+    due = paths.due(workers, Routing().transport, ())
+    assert due == [("p0", "d0"), ("p1", "d1"), ("p2", "d2")]
+    assert paths.due(workers, Routing().transport, ()) == []
