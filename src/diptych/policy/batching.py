@@ -4,16 +4,19 @@ There are no phases, only one rule: every sequence's computed tokens catch up wi
 sequence that decodes is one token behind, a prompt is many behind, and a preempted sequence starts over
 with its whole log, outputs included.
 
-Everything goes by age, the order in which sequences came (first come, first served):
+Prompts go by turns, which are fair among tenants and the order of arrival within each (`policy.fair_turns`):
 
 * Decodes go first, so a long prompt never stalls a running stream; prompts share what is left of the
-  token budget, oldest first. `max_sequences < max_batch_tokens` guarantees that something is left.
-* Up to half of that goes to prompts much shorter than what the oldest still lacks. So they need not wait until
+  token budget, in order of their turns. `max_sequences < max_batch_tokens` guarantees that something is left.
+* Up to half of that goes to prompts much shorter than what the first one still lacks. So they need not wait until
   a long one is done, which takes at most twice as long for it.
 * A waiting sequence gets blocks for its whole log at once. So a prefill, once begun, never stops for lack
   of blocks, and two half-computed prompts cannot block each other. Only decodes grow later.
 * It is admitted only if one block per running sequence stays free: they can all go on for a while without
-  taking the newcomer's blocks away again. Nobody overtakes the oldest waiting sequence.
+  taking the newcomer's blocks away again. Nobody overtakes the first waiting sequence.
+
+Blocks go by age, the order in which sequences came:
+
 * A decode that finds no block takes those of the youngest sequence that is not pinned. So the oldest
   always gets on, and every sequence becomes the oldest in the end.
 """
@@ -26,8 +29,9 @@ from dataclasses import dataclass
 from diptych.core.blocks import BlockId, blocks_for, extend_block_hashes
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from diptych.policy.block_pool import BlockPool, OutOfBlocks
+from diptych.policy.fair_turns import FairTurns
 
-SHORT = 4  # how many times shorter a prompt is that may share the steps of a longer, older one
+SHORT = 4  # how many times shorter a prompt is that may share the steps of a longer one before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,12 @@ class Scheduler:
         self.num_preemptions = 0
         self._pool = pool
         self._limits = limits
-        self._waiting: list[Sequence] = []  # oldest first, as is _running
-        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []  # in order of turn
+        self._running: list[Sequence] = []  # oldest first
         self._age: dict[Sequence, int] = {}  # of the sequences in either list: less is older
         self._next_age = 0
+        self._turns = FairTurns()
+        self._turn: dict[Sequence, tuple[float, int]] = {}  # of the same sequences; of equal turns the older is first
         self._admitted: set[Sequence] = set()  # have run before: their num_cached_tokens is settled
 
     @property
@@ -78,7 +84,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Sequences that wait for blocks or for their turn, oldest first."""
+        """Sequences that wait for blocks or for their turn, which is their order."""
         return tuple(self._waiting)
 
     @property
@@ -96,23 +102,23 @@ class Scheduler:
         """Whether a log of `num_tokens` tokens fits into this worker at all."""
         return blocks_for(num_tokens, self._pool.block_size) <= self._pool.num_blocks
 
-    def add(self, sequence: Sequence, *, front: bool = False) -> None:
-        """Queue a sequence without KV, as the youngest; with `front`, as the oldest.
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence without KV, as the youngest.
 
         Raises OutOfBlocks if it does not fit (`fits`) and so would wait for ever.
         """
         if not self.fits(sequence.num_tokens):
             raise OutOfBlocks(f"{sequence.num_tokens} tokens do not fit {self._pool.num_blocks} blocks")
-        self._age[sequence] = min(self._age.values(), default=0) - 1 if front else self._take_age()
+        self._enrol(sequence, sequence.num_tokens)
         sequence.status = SequenceStatus.WAITING
-        self._insert(self._waiting, sequence)
+        self._wait(sequence)
 
     def join(self, sequence: Sequence) -> None:
         """Take in, as the youngest, a sequence whose KV is in place: its block table holds what is computed.
 
         It runs at once, even if more than `max_sequences` run then; the oldest of them take part in steps.
         """
-        self._age[sequence] = self._take_age()
+        self._enrol(sequence, 0)
         self._admitted.add(sequence)
         sequence.status = SequenceStatus.RUNNING
         self._running.append(sequence)
@@ -135,8 +141,9 @@ class Scheduler:
         taking_part = self._running[: self._limits.max_sequences]
         rows = [_share(sequence, 1) for sequence in taking_part if _decodes(sequence) and self._grow(sequence)]
         budget = self._limits.max_batch_tokens - len(rows)
-        prompts = [sequence for sequence in taking_part if _prefills(sequence)]
-        short = self._schedule_short(prompts, budget)
+        running = [sequence for sequence in taking_part if _prefills(sequence)]
+        prompts = self._next_prompts(sorted(running, key=self._turn.__getitem__), budget)
+        short = self._schedule_short(prompts, running, budget)
         rows += short
         budget -= sum(row.num_tokens for row in short)
         scheduled = {row.sequence for row in short}
@@ -144,27 +151,41 @@ class Scheduler:
             if budget > 0 and sequence not in scheduled:
                 rows.append(_share(sequence, budget))
                 budget -= rows[-1].num_tokens
-        while budget > 0 and len(self._running) < self._limits.max_sequences:
-            admitted = self._admit_oldest()
-            if admitted is None:
-                break
-            rows.append(_share(admitted, budget))
-            budget -= rows[-1].num_tokens
         return Batch(tuple(rows)) if rows else None
 
-    def _schedule_short(self, prompts: list[Sequence], budget: int) -> list[ScheduledSequence]:
-        """Shares of prompts that are short beside what the oldest one still lacks, those that come next in the queue
-        included. There are none if the oldest is finished with this step."""
+    def _next_prompts(self, running: list[Sequence], budget: int) -> list[Sequence]:
+        """Those whose turn it is, until a step is full: of `running`, which is in order of turn, and of those that
+        wait, if there is room for them."""
+        chosen: list[Sequence] = []
+        may_admit = True
+        while budget > 0:
+            waiting = self._waiting[0] if self._waiting and may_admit else None
+            if waiting is not None and (not running or self._turn[waiting] < self._turn[running[0]]):
+                admitted = self._admit_first()
+                may_admit = admitted is not None
+                if admitted is None:
+                    continue
+                chosen.append(admitted)
+            elif running:
+                chosen.append(running.pop(0))
+            else:
+                break
+            budget -= chosen[-1].num_uncomputed_tokens
+        return chosen
+
+    def _schedule_short(self, prompts: list[Sequence], running: list[Sequence], budget: int) -> list[ScheduledSequence]:
+        """Shares of prompts that are short beside what the first of `prompts` still lacks, those that come next in the
+        queue included. There are none if the first is finished with this step."""
         if not prompts or prompts[0].num_uncomputed_tokens <= budget:
             return []
         limit, spare = prompts[0].num_uncomputed_tokens // SHORT, budget // 2
         rows: list[ScheduledSequence] = []
-        for sequence in prompts[1:]:
-            if spare > 0 and sequence.num_uncomputed_tokens <= limit:
+        for sequence in running:
+            if spare > 0 and sequence is not prompts[0] and sequence.num_uncomputed_tokens <= limit:
                 rows.append(_share(sequence, spare))
                 spare -= rows[-1].num_tokens
         while spare > 0 and self._waiting and self._waiting[0].num_tokens <= limit:
-            admitted = self._admit_oldest() if len(self._running) < self._limits.max_sequences else None
+            admitted = self._admit_first()
             if admitted is None:
                 break
             rows.append(_share(admitted, spare))
@@ -174,6 +195,7 @@ class Scheduler:
     def complete(self, batch: Batch) -> None:
         """The step is done: its KV is in place, and blocks that it filled may be shared from now on."""
         block_size = self._pool.block_size
+        self._count_turns(batch)
         for row in batch.rows:
             sequence = row.sequence
             sequence.num_computed_tokens = row.end
@@ -206,13 +228,13 @@ class Scheduler:
             self.starved.append(sequence)
             return
         sequence.status = SequenceStatus.WAITING
-        self._insert(self._waiting, sequence)
+        self._wait(sequence)
         self.preempted.append(sequence)
         self.num_preemptions += 1
 
-    def _admit_oldest(self) -> Sequence | None:
-        """Let the oldest waiting sequence run, with blocks for its whole log; None if it has to wait on."""
-        if not self._waiting:
+    def _admit_first(self) -> Sequence | None:
+        """Let the first waiting sequence run, with blocks for its whole log; None if it has to wait on."""
+        if len(self._running) >= self._limits.max_sequences:
             return None
         sequence, pool = self._waiting[0], self._pool
         cached = self._match(sequence)
@@ -229,7 +251,8 @@ class Scheduler:
             self._admitted.add(sequence)
             sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.status = SequenceStatus.RUNNING
-        self._insert(self._running, self._waiting.pop(0))
+        del self._waiting[0]
+        bisect.insort(self._running, sequence, key=self._age.__getitem__)
         return sequence
 
     def _match(self, sequence: Sequence) -> list[BlockId] | None:
@@ -250,16 +273,29 @@ class Scheduler:
                     return None
         return cached
 
-    def _take_age(self) -> int:
-        self._next_age += 1
-        return self._next_age
+    def _count_turns(self, batch: Batch) -> None:
+        """Tell the turns how far a step has brought the prompts."""
+        tenants = {sequence.request.tenant for sequence in self._waiting}
+        tenants |= {sequence.request.tenant for sequence in self._running if _prefills(sequence)}
+        if not tenants:
+            self._turns.idle()
+        else:
+            computed = [row.num_tokens for row in batch.rows if row.sequence.num_uncomputed_tokens > 1]
+            self._turns.served(sum(computed), len(tenants))
 
-    def _insert(self, sequences: list[Sequence], sequence: Sequence) -> None:
-        bisect.insort(sequences, sequence, key=self._age.__getitem__)
+    def _enrol(self, sequence: Sequence, tokens: int) -> None:
+        """It is the youngest, with so much to compute."""
+        self._next_age += 1
+        self._age[sequence] = self._next_age
+        self._turn[sequence] = self._turns.turn(sequence.request.tenant, tokens), self._next_age
+
+    def _wait(self, sequence: Sequence) -> None:
+        bisect.insort(self._waiting, sequence, key=self._turn.__getitem__)
 
     def _forget(self, sequence: Sequence) -> None:
         if self._age.pop(sequence, None) is None:
             return
+        del self._turn[sequence]
         self._admitted.discard(sequence)
         for sequences in (self._running, self._waiting):
             if sequence in sequences:

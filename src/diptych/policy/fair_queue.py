@@ -137,9 +137,7 @@ class FairQueue:
         if len(tenant.heap) > 2 * tenant.size + 16:
             tenant.heap = [entry for entry in tenant.heap if entry[2] in self._waiting]
             heapq.heapify(tenant.heap)
-        if not self._waiting:  # nobody competes any more: the next busy period begins with equal chances
-            self._tenants.clear()
-        elif tenant.size == 0:
+        if tenant.size == 0:
             tenant.heap.clear()
             self._forget_idle()
 
