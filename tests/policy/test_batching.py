@@ -304,16 +304,6 @@ def test_detached_blocks_are_the_callers() -> None:
     worker.run()
 
 
-def test_front_of_the_queue() -> None:
-    worker = server(sequences=1)
-    later = worker.sequence([66], 1)
-    worker.age[later] = -1
-    first = worker.add([65], 1)
-    worker.scheduler.add(later, front=True)
-    worker.run()
-    assert worker.finished == [later, first]
-
-
 def test_joined_sequences_beyond_the_limit_take_turns_by_age() -> None:
     worker = server(tokens=4, sequences=2)
     joined = [worker.join([first], 3) for first in (65, 66, 67)]

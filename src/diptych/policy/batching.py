@@ -10,6 +10,8 @@ Prompts go by turns, which are fair among tenants and the order of arrival withi
   token budget, in order of their turns. `max_sequences < max_batch_tokens` guarantees that something is left.
 * Up to half of that goes to prompts much shorter than what the first one still lacks. So they need not wait until
   a long one is done, which takes at most twice as long for it.
+* While several tenants bring prompts, those that are not behind get half of a step at most, so that steps are short
+  for whoever comes next. On one tenant's own nothing is kept back.
 * A waiting sequence gets blocks for its whole log at once. So a prefill, once begun, never stops for lack
   of blocks, and two half-computed prompts cannot block each other. Only decodes grow later.
 * It is admitted only if one block per running sequence stays free: they can all go on for a while without
@@ -24,14 +26,17 @@ Blocks go by age, the order in which sequences came:
 from __future__ import annotations
 
 import bisect
+import math
+from collections import deque
 from dataclasses import dataclass
 
 from diptych.core.blocks import BlockId, blocks_for, extend_block_hashes
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from diptych.policy.backlog import SHORT
 from diptych.policy.block_pool import BlockPool, OutOfBlocks
 from diptych.policy.fair_turns import FairTurns
 
-SHORT = 4  # how many times shorter a prompt is that may share the steps of a longer one before it
+CREDIT_STEPS = 4  # steps' worth of prompts that a tenant which stays below its share may bring at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._age: dict[Sequence, int] = {}  # of the sequences in either list: less is older
         self._next_age = 0
-        self._turns = FairTurns()
+        self._turns = FairTurns(CREDIT_STEPS * limits.max_batch_tokens)
         self._turn: dict[Sequence, tuple[float, int]] = {}  # of the same sequences; of equal turns the older is first
         self._admitted: set[Sequence] = set()  # have run before: their num_cached_tokens is settled
 
@@ -109,7 +114,8 @@ class Scheduler:
         """
         if not self.fits(sequence.num_tokens):
             raise OutOfBlocks(f"{sequence.num_tokens} tokens do not fit {self._pool.num_blocks} blocks")
-        self._enrol(sequence, sequence.num_tokens)
+        to_compute = sequence.num_tokens - len(self._cached(sequence)) * self._pool.block_size
+        self._enrol(sequence, self._turns.turn(sequence.request, to_compute))
         sequence.status = SequenceStatus.WAITING
         self._wait(sequence)
 
@@ -118,7 +124,7 @@ class Scheduler:
 
         It runs at once, even if more than `max_sequences` run then; the oldest of them take part in steps.
         """
-        self._enrol(sequence, 0)
+        self._enrol(sequence, self._turns.start(sequence.request.tenant))
         self._admitted.add(sequence)
         sequence.status = SequenceStatus.RUNNING
         self._running.append(sequence)
@@ -141,67 +147,72 @@ class Scheduler:
         taking_part = self._running[: self._limits.max_sequences]
         rows = [_share(sequence, 1) for sequence in taking_part if _decodes(sequence) and self._grow(sequence)]
         budget = self._limits.max_batch_tokens - len(rows)
-        running = [sequence for sequence in taking_part if _prefills(sequence)]
-        prompts = self._next_prompts(sorted(running, key=self._turn.__getitem__), budget)
-        short = self._schedule_short(prompts, running, budget)
+        running = sorted(filter(_prefills, taking_part), key=self._turn.__getitem__)
+        prompts = self._next_prompts(running, budget)
+        kept = budget // 2 if self._turns.are_shared else 0  # for tenants that are behind
+        short: list[ScheduledSequence] = []
+        if prompts and (rest := budget - self._kept_from(prompts[0], kept)) < prompts[0].num_uncomputed_tokens:
+            short = self._schedule_short(prompts[0], running, rest // 2)
         rows += short
         budget -= sum(row.num_tokens for row in short)
         scheduled = {row.sequence for row in short}
         for sequence in prompts:
-            if budget > 0 and sequence not in scheduled:
-                rows.append(_share(sequence, budget))
+            rest = budget - self._kept_from(sequence, kept)
+            if rest > 0 and sequence not in scheduled:
+                rows.append(_share(sequence, rest))
                 budget -= rows[-1].num_tokens
         return Batch(tuple(rows)) if rows else None
 
     def _next_prompts(self, running: list[Sequence], budget: int) -> list[Sequence]:
         """Those whose turn it is, until a step is full: of `running`, which is in order of turn, and of those that
-        wait, if there is room for them."""
+        wait, as long as there is room for them."""
         chosen: list[Sequence] = []
-        may_admit = True
+        left = deque(running)
+        has_room = True
         while budget > 0:
-            waiting = self._waiting[0] if self._waiting and may_admit else None
-            if waiting is not None and (not running or self._turn[waiting] < self._turn[running[0]]):
+            if has_room and self._waiting and (not left or self._turn[self._waiting[0]] < self._turn[left[0]]):
                 admitted = self._admit_first()
-                may_admit = admitted is not None
                 if admitted is None:
+                    has_room = False
                     continue
                 chosen.append(admitted)
-            elif running:
-                chosen.append(running.pop(0))
+            elif left:
+                chosen.append(left.popleft())
             else:
                 break
             budget -= chosen[-1].num_uncomputed_tokens
         return chosen
 
-    def _schedule_short(self, prompts: list[Sequence], running: list[Sequence], budget: int) -> list[ScheduledSequence]:
-        """Shares of prompts that are short beside what the first of `prompts` still lacks, those that come next in the
-        queue included. There are none if the first is finished with this step."""
-        if not prompts or prompts[0].num_uncomputed_tokens <= budget:
-            return []
-        limit, spare = prompts[0].num_uncomputed_tokens // SHORT, budget // 2
+    def _kept_from(self, sequence: Sequence, kept: int) -> int:
+        return 0 if self._turns.is_behind(self._position(sequence)) else kept
+
+    def _schedule_short(self, first: Sequence, running: list[Sequence], budget: int) -> list[ScheduledSequence]:
+        """Shares of prompts that are short beside what `first` still lacks, those that come next in the queue
+        included."""
+        limit = first.num_uncomputed_tokens // SHORT
         rows: list[ScheduledSequence] = []
         for sequence in running:
-            if spare > 0 and sequence is not prompts[0] and sequence.num_uncomputed_tokens <= limit:
-                rows.append(_share(sequence, spare))
-                spare -= rows[-1].num_tokens
-        while spare > 0 and self._waiting and self._waiting[0].num_tokens <= limit:
+            if budget > 0 and sequence is not first and sequence.num_uncomputed_tokens <= limit:
+                rows.append(_share(sequence, budget))
+                budget -= rows[-1].num_tokens
+        while budget > 0 and self._waiting and self._waiting[0].num_tokens <= limit:
             admitted = self._admit_first()
             if admitted is None:
                 break
-            rows.append(_share(admitted, spare))
-            spare -= rows[-1].num_tokens
+            rows.append(_share(admitted, budget))
+            budget -= rows[-1].num_tokens
         return rows
 
     def complete(self, batch: Batch) -> None:
         """The step is done: its KV is in place, and blocks that it filled may be shared from now on."""
         block_size = self._pool.block_size
-        self._count_turns(batch)
         for row in batch.rows:
             sequence = row.sequence
             sequence.num_computed_tokens = row.end
             extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
             for index in range(row.start // block_size, row.end // block_size):
                 self._pool.register(sequence.block_table[index], sequence.block_hashes[index])
+        self._count_turns(batch)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its newest token needs, if need be at the expense of
@@ -261,33 +272,37 @@ class Scheduler:
         None if the next block after them is being computed by somebody else right now: a step later
         it can be shared, so of several requests with one prompt only the first computes it.
         """
-        block_size = self._pool.block_size
-        extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
-        wanted = sequence.block_hashes[: (sequence.num_tokens - 1) // block_size]
-        cached = self._pool.match(wanted)
+        cached = self._cached(sequence)
         index = len(cached)
-        if self._pool.prefix_caching and index < len(wanted):
+        missing = sequence.block_hashes[index : index + 1]
+        if self._pool.prefix_caching and index < (sequence.num_tokens - 1) // self._pool.block_size:
             for other in self._running:
-                unfinished = _prefills(other) and other.num_computed_tokens < (index + 1) * block_size
-                if unfinished and other.block_hashes[index : index + 1] == [wanted[index]]:
+                unfinished = _prefills(other) and other.num_computed_tokens < (index + 1) * self._pool.block_size
+                if unfinished and other.block_hashes[index : index + 1] == missing:
                     return None
         return cached
 
+    def _cached(self, sequence: Sequence) -> list[BlockId]:
+        """The leading blocks of its log that the cache has now, but for one token."""
+        block_size = self._pool.block_size
+        extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
+        return self._pool.match(sequence.block_hashes[: (sequence.num_tokens - 1) // block_size])
+
     def _count_turns(self, batch: Batch) -> None:
         """Tell the turns how far a step has brought the prompts."""
-        tenants = {sequence.request.tenant for sequence in self._waiting}
-        tenants |= {sequence.request.tenant for sequence in self._running if _prefills(sequence)}
-        if not tenants:
-            self._turns.idle()
-        else:
-            computed = [row.num_tokens for row in batch.rows if row.sequence.num_uncomputed_tokens > 1]
-            self._turns.served(sum(computed), len(tenants))
+        computed = (row.sequence for row in batch.rows if row.num_tokens > 1)
+        prompts = {*computed, *self._waiting, *filter(_prefills, self._running)}
+        self._turns.reached(min(map(self._position, prompts), default=-math.inf))
 
-    def _enrol(self, sequence: Sequence, tokens: int) -> None:
-        """It is the youngest, with so much to compute."""
+    def _position(self, sequence: Sequence) -> float:
+        """How far its tenant has come with it, in the time of turns."""
+        return self._turn[sequence][0] - sequence.num_uncomputed_tokens / sequence.request.weight
+
+    def _enrol(self, sequence: Sequence, turn: float) -> None:
+        """It is the youngest."""
         self._next_age += 1
         self._age[sequence] = self._next_age
-        self._turn[sequence] = self._turns.turn(sequence.request.tenant, tokens), self._next_age
+        self._turn[sequence] = turn, self._next_age
 
     def _wait(self, sequence: Sequence) -> None:
         bisect.insort(self._waiting, sequence, key=self._turn.__getitem__)

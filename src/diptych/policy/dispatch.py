@@ -173,6 +173,7 @@ class RouterPolicy:
         if error is not None:
             return [DeliverFailure(request.request_id, error)]
         self._budget.request(now)
+        request = replace(request, weight=self._limits.of(request.tenant).weight)
         self.live[request.request_id] = LiveRequest(request, Timeline(arrived=now), now)
         self.admission.enter(request, now)
         return self._start_waiting(now)
@@ -182,11 +183,15 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         for request_id, error in self.admission.expired(now):
             actions += self._give_up(self.live[request_id], error, now)
-        while (next_id := self.admission.next(room := self._room())) is not None:
+        have_enough: set[str] = set()  # tenants
+        while (next_id := self.admission.next(room := self._room(), have_enough)) is not None:
             live = self.live[next_id]
             place = self._attempts.place(live)
-            if place is None or not room.fits(place.route, live.num_tokens):
+            if place is None or not room.fits(place.route, live.prompt):
                 break  # where it is served best they are busy: that is sooner done than what is second best
+            if room.has_enough(place.route, live.prompt):
+                have_enough.add(live.request.tenant)
+                continue
             self.admission.start(next_id, now)
             actions += [self._attempts.begin(live, place, now), *self._races.start(live, self._room, now)]
         return actions

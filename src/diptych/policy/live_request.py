@@ -8,6 +8,7 @@ from diptych.core.actions import ReserveBlocks, RouterAction, StartLocal, StartP
 from diptych.core.fleet import Route, WorkerId
 from diptych.core.request import Request, TokenOutput
 from diptych.core.timeline import Timeline
+from diptych.policy.backlog import Prompt
 from diptych.policy.deadlines import Wait
 
 Pair = tuple[WorkerId, WorkerId]  # (prefill, decode)
@@ -115,6 +116,16 @@ class LiveRequest:
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def prompt(self) -> Prompt:
+        """All of the log, as there is to compute where nothing of it is cached."""
+        return Prompt(self.num_tokens, self.request.tenant, self.request.weight)
+
+    @property
+    def prefill(self) -> Prompt:
+        """What the prefilling worker still owes."""
+        return replace(self.prompt, tokens=self.prefill_tokens)
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:
