@@ -36,7 +36,7 @@ from diptych.policy.backlog import SHORT
 from diptych.policy.block_pool import BlockPool, OutOfBlocks
 from diptych.policy.fair_turns import FairTurns
 
-CREDIT_STEPS = 4  # steps' worth of prompts that a tenant which stays below its share may bring at once
+CREDIT_STEPS = 2  # steps' worth of prompts that a tenant which stays below its share may bring at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,45 +146,35 @@ class Scheduler:
         self.preempted, self.starved = [], []
         taking_part = self._running[: self._limits.max_sequences]
         rows = [_share(sequence, 1) for sequence in taking_part if _decodes(sequence) and self._grow(sequence)]
-        budget = self._limits.max_batch_tokens - len(rows)
-        running = sorted(filter(_prefills, taking_part), key=self._turn.__getitem__)
-        prompts = self._next_prompts(running, budget)
-        kept = budget // 2 if self._turns.are_shared else 0  # for tenants that are behind
-        short: list[ScheduledSequence] = []
-        if prompts and (rest := budget - self._kept_from(prompts[0], kept)) < prompts[0].num_uncomputed_tokens:
-            short = self._schedule_short(prompts[0], running, rest // 2)
-        rows += short
-        budget -= sum(row.num_tokens for row in short)
-        scheduled = {row.sequence for row in short}
-        for sequence in prompts:
-            rest = budget - self._kept_from(sequence, kept)
-            if rest > 0 and sequence not in scheduled:
-                rows.append(_share(sequence, rest))
-                budget -= rows[-1].num_tokens
+        rows += self._schedule_prompts(taking_part, self._limits.max_batch_tokens - len(rows))
         return Batch(tuple(rows)) if rows else None
 
-    def _next_prompts(self, running: list[Sequence], budget: int) -> list[Sequence]:
-        """Those whose turn it is, until a step is full: of `running`, which is in order of turn, and of those that
-        wait, as long as there is room for them."""
-        chosen: list[Sequence] = []
+    def _schedule_prompts(self, taking_part: list[Sequence], budget: int) -> list[ScheduledSequence]:
+        """Shares of `budget` tokens, in order of turns, for those that take part and those that wait."""
+        running = sorted(filter(_prefills, taking_part), key=self._turn.__getitem__)
         left = deque(running)
-        has_room = True
-        while budget > 0:
-            if has_room and self._waiting and (not left or self._turn[self._waiting[0]] < self._turn[left[0]]):
-                admitted = self._admit_first()
-                if admitted is None:
-                    has_room = False
-                    continue
-                chosen.append(admitted)
-            elif left:
-                chosen.append(left.popleft())
-            else:
-                break
-            budget -= chosen[-1].num_uncomputed_tokens
-        return chosen
+        kept = budget // 2 if self._turns.are_shared else 0  # for tenants that are behind
+        rows: list[ScheduledSequence] = []
+        while budget > 0 and (sequence := self._next_prompt(left)) is not None:
+            if any(row.sequence is sequence for row in rows):
+                continue
+            rest = budget if self._turns.is_behind(self._position(sequence)) else budget - kept
+            if not rows and rest < sequence.num_uncomputed_tokens:
+                rows = self._schedule_short(sequence, running, rest // 2)
+                rest -= sum(row.num_tokens for row in rows)
+                budget -= sum(row.num_tokens for row in rows)
+            if rest > 0:
+                rows.append(_share(sequence, rest))
+                budget -= rows[-1].num_tokens
+        return rows
 
-    def _kept_from(self, sequence: Sequence, kept: int) -> int:
-        return 0 if self._turns.is_behind(self._position(sequence)) else kept
+    def _next_prompt(self, running: deque[Sequence]) -> Sequence | None:
+        """Whose turn it is: the first of `running`, or of those that wait if that comes before and there is room."""
+        if self._waiting and (not running or self._turn[self._waiting[0]] < self._turn[running[0]]):
+            admitted = self._admit_first()
+            if admitted is not None:
+                return admitted
+        return running.popleft() if running else None
 
     def _schedule_short(self, first: Sequence, running: list[Sequence], budget: int) -> list[ScheduledSequence]:
         """Shares of prompts that are short beside what `first` still lacks, those that come next in the queue
