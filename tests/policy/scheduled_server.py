@@ -87,7 +87,8 @@ class Server:
             before = [self.age[sequence] for sequence in admitted if sequence.request.tenant == tenant]
             assert not before or not queue or max(before) < queue[0]
         preempted = self.scheduler.preempted
-        kept = [sequence for sequence in running if not sequence.pinned and sequence not in preempted]
+        newly_there = {*preempted, *was_waiting}
+        kept = [sequence for sequence in running if not sequence.pinned and sequence not in newly_there]
         assert all(self.age[sequence] > self.age[other] for sequence in preempted for other in kept)
         assert list(running) == sorted(running, key=self.age.__getitem__)
         for sequence in self.scheduler.starved:
