@@ -33,15 +33,16 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import RouterStats, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import RouterStats, WorkerId, WorkerView
 from diptych.core.request import Request, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.policy.admission import RESTART_SECONDS, Admission, AdmissionLimits
 from diptych.policy.attempts import Attempts
 from diptych.policy.deadlines import TOTAL_TIMEOUT, Wait
+from diptych.policy.departures import Departures
 from diptych.policy.health import Health
 from diptych.policy.live_request import LiveRequest
-from diptych.policy.placement import Place, Placement
+from diptych.policy.placement import Placement
 from diptych.policy.prefix_index import PrefixIndex
 from diptych.policy.races import Races
 from diptych.policy.recovery import POISON, POISON_CRASHES, SETTLE_SECONDS, Fault, RecoverySettings, fault
@@ -57,7 +58,6 @@ class RouterPolicy:
     Attributes:
         live: accepted requests that have not ended, by id. (Shadows are not among them.)
         ignored: messages about requests that are over, and tokens that came twice.
-        moved: streams handed over by workers that leave.
     """
 
     def __init__(
@@ -70,14 +70,13 @@ class RouterPolicy:
         settings = recovery or RecoverySettings()
         self.live: dict[str, LiveRequest] = {}
         self.ignored = 0
-        self.moved = 0
         self.health = Health(settings.worker, settings.pair)
         self._placement = Placement(routing, index or PrefixIndex(capacity=1 << 20))
         self._budget = RetryBudget()
         self._attempts = Attempts(self._placement, self.health, self._budget)
         self._shadows = Shadows(self._attempts, self._placement, self.health, settings.deadlines)
         self._races = Races(self._attempts)
-        self._draining: dict[WorkerId, float] = {}  # since when
+        self._departures = Departures(self._attempts, settings.deadlines)
         self._limits = limits or AdmissionLimits()
         self.admission = Admission(self._limits)
         self._deadlines = settings.deadlines
@@ -129,6 +128,11 @@ class RouterPolicy:
     def retried(self) -> int:
         """Attempts after the first."""
         return self._attempts.retried
+
+    @property
+    def moved(self) -> int:
+        """Streams handed over by workers that leave."""
+        return self._departures.moved
 
     def stats(self) -> RouterStats:
         waiting = len(self.admission.queue) + len(self._attempts.waiting)
@@ -305,16 +309,11 @@ class RouterPolicy:
 
     def _worker_updated(self, view: WorkerView, now: float) -> list[RouterAction]:
         self.workers[view.worker_id] = view
-        if view.state is not WorkerState.DRAINING:
-            self._draining.pop(view.worker_id, None)
-        elif view.worker_id not in self._draining:
-            self._draining[view.worker_id] = now
-            return self._move_off(view, now)
-        return []
+        return self._departures.updated(view, now)
 
     def _worker_gone(self, worker_id: WorkerId, now: float) -> list[RouterAction]:
         self.workers.pop(worker_id, None)
-        died = self._draining.pop(worker_id, None) is None
+        died = not self._departures.gone(worker_id)
         self._placement.index.forget_worker(worker_id)
         self.health.gone(worker_id, now, died=died)
         for live in self.live.values():
@@ -331,32 +330,11 @@ class RouterPolicy:
             actions += self._continue(live, f"worker {worker_id} was lost", now, failed_on=worker_id)
         return actions
 
-    def _move_off(self, source: WorkerView, now: float) -> list[RouterAction]:
-        """Streams of a worker that leaves go on elsewhere: with their KV as soon as all of it is there, without it
-        when they have had their time."""
-        overtime = now - self._draining[source.worker_id] > self._deadlines.drain
-        actions: list[RouterAction] = []
-        for live in list(self._attempts.running.values()):
-            if live.shadow is not None or not live.needs(source.worker_id):
-                continue
-            place: Place | None = None
-            if live.decodes:
-                live.kv_at[source.worker_id] = live.num_tokens - 1
-                place = self._attempts.onward(live, source)
-            if place is None and overtime:
-                place = self._attempts.place(live)
-            if place is not None:
-                self.moved += 1
-                actions += self._attempts.move(live, place, now)
-        return actions
-
     # deadlines
 
     def _tick(self, now: float) -> list[RouterAction]:
         self.health.prune(now)
-        actions: list[RouterAction] = []
-        for worker_id in list(self._draining):
-            actions += self._move_off(self.workers[worker_id], now)
+        actions = self._departures.tick(self.workers, now)
         for live in list(self.live.values()):
             actions += self._check_deadlines(live, now)
         return actions + self._shadows.check_deadlines(now)
