@@ -135,13 +135,24 @@ def test_a_long_prompt_gets_on_beside_others_that_never_end() -> None:
 
 def test_what_is_cached_does_not_count_against_its_tenant() -> None:
     worker = server(num_blocks=80, tokens=8, sequences=4)
-    known = list(range(40, 80))
+    known = list(range(40, 120))
     worker.add(known, 1, tenant="chat")
     worker.run()
-    worker.add(list(range(80, 180)), 1, tenant="flood")
+    worker.add(list(range(80, 120)), 1, tenant="flood")
     worker.step()
     worker.add([*known, 1, 2, 3], 1, tenant="chat")
-    assert shares(worker.step())[0] == ("r2", 40, 3)
+    assert shares(worker.step())[0] == ("r2", 80, 3)
+
+
+@pytest.mark.fault(56)
+def test_credit_is_bounded_however_long_others_have_been_there() -> None:
+    worker = server(num_blocks=200, tokens=24, sequences=4)
+    for number in range(10):
+        worker.add([30 + number] * 40, 1, tenant="flood")
+    worker.step_until(lambda: len(worker.finished) == 7)
+    newcomer = worker.add(list(range(100, 200)), 1, tenant="newcomer")
+    worker.step_until(lambda: newcomer in worker.finished)
+    assert [sequence.request_id for sequence in worker.finished][:8] == [f"r{number}" for number in range(8)]
 
 
 def test_preempted_sequence_recomputes_its_log_in_chunks() -> None:

@@ -35,6 +35,17 @@ def test_failures_in_a_row_open_it_and_a_success_starts_the_row_over() -> None:
     assert them.state("other", 0.4) is BreakerState.CLOSED
 
 
+def test_what_is_being_probed_is_not_forgotten() -> None:
+    them = breakers()
+    them.failed("w", 0.0, fatal=True)
+    them.probe("w")
+    them.prune(1000.0)
+    assert them.blocked() == {"w"}
+    them.probe_succeeded("w")
+    them.prune(1000.0)
+    assert len(them) == 0
+
+
 def test_only_a_probe_closes_it() -> None:
     them = breakers()
     them.failed("w", 0.0, fatal=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from world import MODEL, World
 from diptych.core.events import HandoffFailed, RequestFailed, Tick, WorkerUpdated
 from diptych.core.fleet import Role
 from diptych.core.request import Preference, Request, SamplingParams
+from diptych.core.timeline import Timeline
 from diptych.policy.admission import AdmissionLimits
 from diptych.policy.live_request import Checkpoint, LiveRequest
 from diptych.policy.saturation import RoomLimits
@@ -125,6 +127,31 @@ def test_the_death_of_either_end_of_a_copy_leaves_nothing_behind(seed: int) -> N
     ends_well(world, insured())
 
 
+def test_one_copy_at_a_time_in_its_tenant_s_part_of_the_cache() -> None:
+    world = World(1, FLEET)
+    request = replace(insured(every=1), cache_salt="salt", tenant="tenant")
+    world.submit(request)
+    most = 0
+    while world.step():
+        under_way = copies(world)
+        most = max(most, len(under_way))
+        assert all((copy.request.cache_salt, copy.request.tenant) == ("salt", "tenant") for copy in under_way)
+    assert most == 1
+    ends_well(world, request)
+
+
+def test_a_stream_that_went_on_at_its_buddy_gets_a_new_one() -> None:
+    world = World(2, FLEET | {"d2": Role.DECODE})
+    world.submit(insured())
+    live = run_until(world, 25)
+    buddy = live.backup.buddy
+    world.kill(live.route.decode, back=False)
+    assert live.route.decode == buddy
+    run_until(world, 60)
+    assert live.backup.buddy not in (None, buddy)
+    ends_well(world, insured())
+
+
 def test_a_dead_buddy_is_replaced() -> None:
     world = World(2, FLEET | {"d2": Role.DECODE})
     world.submit(insured())
@@ -181,10 +208,11 @@ def test_a_copy_that_gets_no_ticket_soon_is_given_up() -> None:
     world.now += 2.0
     world.route(Tick())
     assert not copies(world)
+    assert world.router.live["r"].backup.buddy is None
     ends_well(world, insured())
 
 
-@pytest.mark.parametrize("trouble", ["buddy full", "buddy busy", "source busy", "queue"])
+@pytest.mark.parametrize("trouble", ["buddy full", "buddy busy", "source busy", "queue", "somebody waits"])
 def test_while_there_is_no_room_nothing_is_copied(trouble: str) -> None:
     world = World(5, {"p0": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE})
     world.submit(insured())
@@ -203,6 +231,8 @@ def test_while_there_is_no_room_nothing_is_copied(trouble: str) -> None:
         world.router._limits = AdmissionLimits(room=RoomLimits(max_pending=0))
         world.submit(insured("other"))
         assert world.router.admission.queue
+    if trouble == "somebody waits":
+        world.router._attempts.waiting["other"] = LiveRequest(insured("other"), Timeline(0.0), 0.0, not_before=math.inf)
     run_until(world, 30)
     assert not checkpoints_of(world)
 

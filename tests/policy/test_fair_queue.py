@@ -144,9 +144,9 @@ def test_it_is_remembered_whose_turn_it_was_when_the_queue_ran_empty() -> None:
 
 def test_of_equals_the_one_that_came_first_goes_first() -> None:
     waiting = queue()
-    for number, tenant in enumerate("cab"):
+    for number, tenant in ((2, "c"), (1, "a"), (0, "b")):
         waiting.push(request(number, tenant), 0.0)
-    assert drain(waiting) == ["r0", "r1", "r2"]
+    assert drain(waiting) == ["r2", "r1", "r0"]
 
 
 def test_a_request_waits_once() -> None:

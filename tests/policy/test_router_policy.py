@@ -182,6 +182,23 @@ def test_a_stream_that_waits_for_its_turn_with_nobody_else_waits_on() -> None:
     assert "r" in router.policy.live
 
 
+def test_what_failed_on_one_worker_is_tried_on_another_first() -> None:
+    router = Router("m0", "m1")
+    router.submit(prefer=LOCAL)
+    for attempt in ("r", "r~2"):
+        failed_on = running_on(router)
+        router.handle(on.RequestFailed(failed_on, attempt, "bad_luck", "again"))
+        router.at(router.now + 1.0)
+        assert running_on(router) not in ("", failed_on)
+
+
+def test_who_leaves_need_not_compute_again_what_it_hands_over() -> None:
+    router = handed_over()
+    router.up("d0", WorkerState.DRAINING)
+    assert router.route() == "prefill=d0;decode=d1;transport=shm"
+    assert router.policy.loads()["d0"].prefill_tokens <= 16
+
+
 def test_the_queue_has_an_end() -> None:
     router = handed_over()
     for name in ("p0", "d0", "d1"):

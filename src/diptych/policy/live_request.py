@@ -196,7 +196,6 @@ class LiveRequest:
         self.began = now
         self.route, self.prefill_tokens = route, prefill_tokens
         self.num_resumed = len(self.output_token_ids)
-        self.early.clear()
         request, outputs = replace(self.request, request_id=self.attempt_id), tuple(self.output_token_ids)
         if route.prefill is None:
             self.waits_for(Wait.FIRST_TOKEN, now)
