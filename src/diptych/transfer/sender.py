@@ -114,7 +114,7 @@ class PushLink:
         push = self._open(request_id, claims)
         try:
             with self._lock:
-                push.begun = push.begun or self._streams[0].send_at_once(_begin(push))
+                push.begun = push.begun or not self.lost and self._streams[0].send_at_once(_begin(push))
         except OSError as error:
             self._lose(error)
         if not push.begun:
@@ -293,11 +293,10 @@ class PushLink:
     def _may_go_on(self, push: _Push) -> bool:
         """Before the first write: the target's leave. (A block that it has taken back is somebody else's.) False if
         this push is not wanted any more."""
-        if push.over:
-            return False
-        self._ask(push)
-        if not push.go.wait(STALL_SECONDS):
-            raise TransferError(f"worker {self.target} does not answer")
+        if not push.over:
+            self._ask(push)
+            if not push.go.wait(STALL_SECONDS):
+                raise TransferError(f"worker {self.target} does not answer")
         return not push.over
 
     def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
