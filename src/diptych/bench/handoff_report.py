@@ -31,8 +31,8 @@ until the target has verified every unit and accepted.
   the target's memory, and nothing else: what scattered pages alone cost beside one long copy.
 - **ceiling**: the same page copies, each unit hashed after its copy in one process and again in the other one, by bare
   loops, frames of 1 MiB announced over a socket pair; no plan, no protocol, one thread on each side.
-- **CPU in memcpys** is the processor time of both sides together as a multiple of that memcpy's, which depends less on
-  what else runs on the machine.
+- **CPU in memcpys, in ceilings** is the processor time of both sides together as a multiple of that memcpy's, and of
+  both processes of the bare loops, which depends less on what else runs on the machine.
 - **digest pass**: every page read once, alone; a hand-off makes two such passes, one on each side, beside the copying.
 
 ## TCP over loopback
@@ -61,11 +61,18 @@ def _rates(row: Fields, *names: str) -> list[str]:
 
 def _shared_memory(rows: Sequence[Fields]) -> tuple[list[str], list[list[str]]]:
     header = ["KV", "pages", "rounds", "memcpy", "page copies", "ceiling", "shm"]
-    header += ["shm / memcpy", "shm / page copies", "shm / ceiling", "CPU in memcpys", "digest pass / shm"]
+    header += [
+        "shm / memcpy",
+        "shm / page copies",
+        "shm / ceiling",
+        "CPU in memcpys",
+        "CPU in ceilings",
+        "digest pass / shm",
+    ]
     cells = []
     for row in rows:
         shares = [f"{row[name]:.2f}" for name in ("shm_of_memcpy", "shm_of_page_copies", "shm_of_ceiling")]
-        costs = [f"{row['shm_cpu_in_memcpys']:.1f}", f"{row['digest_of_shm']:.0%}"]
+        costs = [f"{row['shm_cpu_in_memcpys']:.1f}", f"{row['shm_cpu_in_ceilings']:.2f}", f"{row['digest_of_shm']:.0%}"]
         rates = _rates(row, "memcpy", "page copies", "ceiling", "shm")
         cells.append([*_about(row), str(row["rounds"]), *rates, *shares, *costs])
     return header, cells
