@@ -81,7 +81,7 @@ class Conductor:
 
     async def joined(self, num_workers: int) -> None:
         """Wait for all workers, and connect them."""
-        while len(self._hellos) < num_workers:
+        for _ in range(num_workers):
             await self._answer(messages.Hello)
         for worker_id, hello in self._hellos.items():
             if worker_id != PREFILL:
