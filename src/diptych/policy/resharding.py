@@ -128,13 +128,14 @@ def _layers(source: SequenceKV, target: SequenceKV, tokens: range) -> Iterator[L
     pairs = head_pairs(ours, theirs)
     ranges = _ranges_of_pairs(source, target, tokens, pairs)
     # A shard of several ranks is one head, which `theirs.replication` ranks read.
-    take_turns = theirs.replication % ours.replication != 0
+    replication = ours.replication
+    take_turns = theirs.replication % replication != 0
     for layer in range(ours.num_layers):
         source_base = ours.rank(source.data_rank, ours.stage_of(layer), 0)
         target_base = theirs.rank(target.data_rank, theirs.stage_of(layer), 0)
         for pair, spans in zip(pairs, ranges, strict=True):
-            replica = (pair.reader + take_turns * layer) % ours.replication
-            source_rank = source_base + pair.source_shard * ours.replication + replica
+            replica = (pair.reader + take_turns * layer) % replication
+            source_rank = source_base + pair.source_shard * replication + replica
             yield LayerTransfer(layer, source_rank, target_base + pair.target_tensor_rank, spans)
 
 

@@ -32,16 +32,21 @@ class Places:
     """
 
     def __init__(self, starts: Numbers, lengths: Numbers) -> None:
-        if len(starts) > 1:
-            fresh = np.ones(len(starts), dtype=bool)
-            np.not_equal(starts[1:], starts[:-1] + lengths[:-1], out=fresh[1:])
-            if not fresh.all():
-                starts, lengths = starts[fresh], np.add.reduceat(lengths, np.flatnonzero(fresh))
+        adjoin = starts[1:] == starts[:-1] + lengths[:-1]
+        if adjoin.any():
+            firsts = np.flatnonzero(np.concatenate(([True], ~adjoin)))
+            starts, lengths = starts[firsts], np.add.reduceat(lengths, firsts)
         self.starts, self.lengths = starts, lengths
-        self.ends: Numbers = np.cumsum(lengths)  # of the runs, in the stream
+        self.ends: Numbers = lengths.cumsum()  # of the runs, in the stream
         self.nbytes = int(self.ends[-1]) if len(starts) else 0
-        self._extent = (int(starts.min()), int((starts + lengths).max())) if len(starts) else (0, 0)
         self._rows: tuple[int, int, Numbers] | None = None
+
+    @functools.cached_property
+    def _extent(self) -> Span:
+        """From the first byte to the last, wherever they lie."""
+        if not len(self.starts):
+            return 0, 0
+        return int(self.starts.min()), int((self.starts + self.lengths).max())
 
     @property
     def is_one(self) -> bool:
