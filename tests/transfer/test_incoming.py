@@ -61,6 +61,9 @@ def test_where_pages_belong() -> None:
     for fields in [*wrong, (0, 1, 1, 1), (0, 1, 1, -1)]:
         with pytest.raises(TransferError, match="not asked for"):
             expected.share(pages(*fields))
+    uneven = frames.Pages("r1", CLAIMS.nonce, EPOCH, 0, 2, 0, 1, bytes(DIGEST_BYTES * 3), 0)
+    with pytest.raises(TransferError, match="for each layer"):
+        expected.share(uneven)
 
 
 @given(data=st.data())

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_any_layout import Case, cases
 
+from diptych.core.errors import TransferError
 from diptych.policy.digest_units import byte_runs, digest_units
 from diptych.policy.resharding import plan_resharding
 from diptych.transfer import frames, pieces, places
@@ -82,6 +83,10 @@ def test_the_target_finds_the_same_places(case: Case, data: st.DataObject) -> No
     stage = claims.layout.stage_of(layer)
     alike = [later for later in range(layer, claims.layout.num_layers) if claims.layout.stage_of(later) == stage]
     num_layers = data.draw(st.integers(1, len(alike)))
+    if layer + len(alike) < claims.layout.num_layers:  # the next one is on another rank
+        about = "r1", claims.nonce, claims.epoch, layer, len(alike) + 1, pair
+        with pytest.raises(TransferError, match="in one frame"):
+            expected.share(frames.Pages(*about, 0, bytes(8 * (len(alike) + 1)), 0))
     first = case.missing.start // max(case.source.layout.block_size, case.target.layout.block_size)
     about = "r1", claims.nonce, claims.epoch, layer, num_layers, pair
     frame = frames.Pages(*about, first + start, bytes(8 * (stop - start) * num_layers), 0)

@@ -14,7 +14,7 @@ from transfer_harness import EPOCH, LAYOUT, TOKEN, TRANSPORTS, ScriptedSource, W
 
 from diptych.core.errors import HandshakeError
 from diptych.core.events import HandoffComplete, HandoffFailed, WriterGone
-from diptych.transfer import frames
+from diptych.transfer import frames, places
 from diptych.wire.codec import LENGTH
 
 LAYERS = range(LAYOUT.num_layers)
@@ -156,7 +156,11 @@ def test_pages_that_do_not_belong_fail_the_handoff(transport: str, change: dict[
 @pytest.mark.fault(39)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("wrong", [None, *LAYERS])
-def test_each_layer_of_a_frame_is_verified(transport: str, wrong: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [1, places.FEW], ids=["staged", "in place"])
+def test_each_layer_of_a_frame_is_verified(
+    transport: str, wrong: int | None, few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "FEW", few)
     with world(transport, tmp_path) as made, ScriptedSource(made) as source:
         claims = claims_for("r1", BLOCKS)
         made.receiver.expect(claims)

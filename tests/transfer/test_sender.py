@@ -391,3 +391,22 @@ def test_an_ended_link_lets_go_of_everything(tmp_path: Path) -> None:
         assert made.events.next() == LinkLost("decode-0", ("open",))
         assert target.next() is None
         assert made.events.empty
+
+
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
+def test_leave_is_asked_for_once(transport: str, tmp_path: Path) -> None:
+    """By a thread of the link while it connects, and by the caller afterwards."""
+    with encounter(transport, tmp_path) as made:
+        target, first, second = made.target, claims_for("r0", BLOCKS), claims_for("r1", BLOCKS)
+        made.link.begin("r0", first)
+        target.meet()
+        target.begun(first)
+        made.link.begin("r1", second)
+        made.link.begin("r1", second)
+        target.begun(second)
+        made.push(second)
+        target.hears_nothing()
+        target.say(frames.Go("r1", second.nonce))
+        for layer in LAYERS:
+            target.take_pages(second, layer, made.source)
+        assert target.next() == frames.Close("r1", second.nonce, second.epoch, len(LAYERS), TOKEN, b"")
