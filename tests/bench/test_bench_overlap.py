@@ -54,8 +54,9 @@ def test_times_count_from_the_first_step_and_pages_belong_to_the_chunk_that_made
         "steps": [
             *steps("r", (100, 103, 0, 32), (103, 106, 32, 64)),
             *steps("other", (106, 107, 0, 16)),
-            *steps("r-cached", (200, 203, 48, 64)),
-        ]
+            *steps("r-cached", (200.5, 203, 48, 64)),
+        ],
+        "pushed": {"r": 101, "r-cached": 200},
     }
     target = {
         "verified": [

@@ -100,7 +100,7 @@ engine's last layer, and around its receiver's tickets. One request at a time; p
 
 - **compute of a layer**: the prefill, from its first step's begin to the first token, divided by the layers.
 - **transfer alone**: the same prompt again, all of whose blocks but the last are still in the prefill worker's cache,
-  so that they leave at once: from the step's begin to the last verified page, the target's leave to write included,
+  so that they leave at once: from the first push to the last verified page, the target's leave to write included,
   scaled to all blocks.
 - **a layer's share**: of that.
 - **bound**: a layer's share + 2 ms. **within**: how many rounds kept to it (each to its own).
@@ -176,4 +176,4 @@ def _transfer_alone(source: Fields, target: Fields, request_id: str, tokens: int
     cached = step["rows"][0][1]  # where its computation begins
     num_layers = len(step["layers"])
     done = max(_verified(target, request_id, (0, cached), num_layers))
-    return float(done - step["begin"]) * tokens / cached
+    return float(done - source["pushed"][request_id]) * tokens / cached

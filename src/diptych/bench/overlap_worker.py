@@ -1,9 +1,9 @@
 """A worker that writes down when things happened, for `bench.overlap`: otherwise it is the one that serves.
 
-Three probes: one around the engine (when a step began and ended, and when each layer's KV was there), one inside it
-(when the last layer was computed), and one around the receiver's tickets (when pages were verified, and when a hand-off
-was complete). Times are of the machine's monotonic clock, which all processes share; they are kept in memory and
-written at the end.
+Four probes: around the engine (when a step began and ended, and when each layer's KV was there), inside it (when the
+last layer was computed), around pushes (when the first one came), and around the receiver's tickets (when pages were
+verified, and when a hand-off was complete). Times are of the machine's monotonic clock, which all processes share; they
+are kept in memory and written at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from diptych.core.settings import WorkerSettings
 from diptych.engine import scripted
 from diptych.engine.scripted import ScriptedEngine, ScriptedModel
 from diptych.transfer import frames, incoming, receiver
+from diptych.transfer.sender import PushLink
 from diptych.worker.main import run_worker
 
 SCRIPTED_LAYERS = 8
@@ -41,6 +42,7 @@ class Records:
     verified: list[Fields]
     complete: dict[str, float]
     computed: list[float]  # when the last layer was, attention and MLP included
+    pushed: dict[str, float]  # when the first pages of a request could leave
 
 
 class TimedEngine:
@@ -84,7 +86,7 @@ class TimedEngine:
     def close(self) -> None:
         self._engine.close()
         seen = self._records
-        content = {"steps": seen.steps, "verified": seen.verified, "complete": seen.complete}
+        content = {"steps": seen.steps, "pushed": seen.pushed, "verified": seen.verified, "complete": seen.complete}
         self._path.write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -117,7 +119,14 @@ def run(settings: WorkerSettings, path: Path) -> None:
     """The life of one worker, in a process of its own."""
     if settings.cpu.cores:
         os.sched_setaffinity(0, settings.cpu.cores)
-    records = Records([], [], {}, [])
+    records = Records([], [], {}, [], {})
+    push = PushLink.push
+
+    def timed_push(link: PushLink, request_id: str, *arguments: Any) -> None:
+        records.pushed.setdefault(request_id, time.monotonic())
+        push(link, request_id, *arguments)
+
+    PushLink.push = timed_push  # type: ignore[method-assign,assignment]
     receiver.TicketBook = timed_book(records)  # type: ignore[misc]  # the probe
     asyncio.run(run_worker(settings, lambda _: TimedEngine(_load(settings, records), records, path)))
 
