@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export KMP_BLOCKTIME := 0
 
-.PHONY: serve test test-parallel check bench bench-handoff bench-survival bench-overload bench-overlap handoff-faults fault-sim kill-matrix soak docs clean
+.PHONY: serve test test-parallel check bench bench-handoff bench-survival bench-overload bench-overlap bench-aborts handoff-faults fault-sim kill-matrix soak docs clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/run.stamp  ## serve the built-in model (MODEL=..., ARGS="--prefill 2" to change that)
@@ -53,6 +53,9 @@ soak: $(VENV)/dev.stamp  ## mixed load for MINUTES: memory, descriptors, threads
 
 bench-overload: $(VENV)/dev.stamp  ## too much load, greedy tenants, slow and stubborn clients
 	$(BIN)/python -m diptych.bench.overload --json benchmarks/overload.json
+
+bench-aborts: $(VENV)/dev.stamp  ## how long blocks stay taken when clients hang up
+	$(BIN)/python -m diptych.bench.aborts --json benchmarks/aborts.json
 
 handoff-faults: $(VENV)/dev.stamp  ## N injected faults of the KV hand-off: none may be served
 	$(BIN)/python tests/transfer/handoff_faults.py --count $(or $(N),10000)

@@ -85,7 +85,8 @@ def test_a_model_directory_gives_what_is_left_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("tp=4", "missing required field `num_layers`"),
+        ("tp=4", "tp=4: it does not say dtype, layers; add them, or give --model"),
+        (f"{SHORT},tp=x", "tp is a whole number, not 'x'"),
         (f"{SHORT},tp=3", "8 KV heads cannot be cut evenly for 3 tensor ranks"),
         (f"{SHORT},tp", "'tp' is none of layers=...,"),
         (f"{SHORT},cp=2", "'cp=2' is none of"),

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from diptych.core.blocks import blocks_for
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, in_words
 from diptych.core.fleet import Manifest, ModelInfo
 from diptych.core.kv_layout import KVLayout, SequenceKV, TransferPlan
 from diptych.policy.compatibility import model_differences
@@ -35,6 +35,7 @@ SHORT_NAMES = {
     "dp": "data_parallel",
     "ep": "expert_parallel",
 }
+NEEDED = {name: SHORT_NAMES[name] for name in ("layers", "dtype")}
 MAX_PAIRS_SHOWN = 16
 
 
@@ -51,9 +52,12 @@ def read_side(text: str, model: Path | None = None) -> Side:
     try:
         if text.endswith((".json", ".toml")):
             return _from_file(Path(text))
-        return Side(msgspec.convert({**_model_shape(model), **_short(text)}, KVLayout))
+        values = {**_model_shape(model), **_short(text)}
+        if missing := sorted(name for name, field in NEEDED.items() if field not in values):
+            raise ValueError(f"it does not say {', '.join(missing)}; add them, or give --model")
+        return Side(msgspec.convert(values, KVLayout))
     except (OSError, ValueError, msgspec.ValidationError) as error:
-        raise ConfigError(f"{text}: {error}") from error
+        raise ConfigError(f"{text or 'nothing'}: {in_words(error)}") from error
 
 
 def mismatches(source: Side, target: Side) -> list[str]:
@@ -107,6 +111,8 @@ def _short(text: str) -> dict[str, Any]:
         name, equals, value = item.strip().partition("=")
         if name not in SHORT_NAMES or not equals:
             raise ValueError(f"{item!r} is none of {', '.join(f'{known}=...' for known in SHORT_NAMES)}")
+        if name != "dtype" and not value.isdecimal():
+            raise ValueError(f"{name} is a whole number, not {value!r}")
         values[SHORT_NAMES[name]] = value if name == "dtype" else int(value)
     return values
 

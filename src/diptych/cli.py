@@ -7,16 +7,19 @@ import logging
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from diptych import __version__
-from diptych.core.errors import ConfigError, DiptychError
+from diptych.core.errors import ConfigError, DiptychError, in_words
 from diptych.core.fleet import Role
-from diptych.core.settings import BatchSettings, CacheSettings, CutSettings
+from diptych.core.settings import CutSettings
 from diptych.cut_flags import takes_cuts
+from diptych.flag_groups import takes_groups
+from diptych.flags import Advertise, HttpFlags, ListenFlags, PoolFlags, Tls, WorkerFlags
+from diptych.telemetry.logs import set_up_logging
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -35,9 +38,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: {in_words(error)}") from error
     known = {parameter.name for parameter in context.command.params} - {"config"}
     defaults: dict[str, Any] = {key.replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(set(defaults) - known)
@@ -47,66 +50,17 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-# flags that `serve` and `worker` share
-
-Model = Annotated[str | None, Argument(help="Checkpoint directory or hub id. Default: the built-in model.")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16"], Option(help="What workers compute in.")]
-Device = Annotated[Literal["cpu", "cuda"], Option(help="Where workers compute.")]
-MaxModelLen = Annotated[int | None, Option(min=1, help="Longest prompt plus answer, in tokens.")]
-KVCacheTokens = Annotated[int | None, Option(min=1, help="KV cache of each worker, in tokens.")]
-BlockSize = Annotated[int, Option(min=1, help="Tokens per KV block.")]
-EvictionOrder = Annotated[Literal["lru", "fifo"], Option(help="Which cached block goes first.")]
-PrefixCaching = Annotated[bool, Option(help="Reuse the KV of shared prefixes.")]
-MaxBatchTokens = Annotated[
-    int, Option(min=2, help="Tokens per step (and data-parallel rank); longer prompts go in chunks.")
-]
-MaxSequences = Annotated[int, Option(min=1, help="Sequences per step (and data-parallel rank).")]
-EngineKind = Annotated[Literal["torch", "scripted"], Option(help="scripted: no model, made-up tokens.")]
-Transport = Annotated[
-    Literal["auto", "shm", "tcp", "nixl", "fastest"],
-    Option(help="How KV pages travel. fastest: by nixl or tcp, as each link finds out."),
-]
-Tls = Annotated[bool, Option("--tls", help="Encrypt channels between hosts.")]
-Advertise = Annotated[str | None, Option(help="This machine's address, as the others' workers reach it.")]
 Config = Annotated[Path | None, Option(callback=read_config, is_eager=True, help="TOML file of flags.")]
 
 
 @app.command()
 @takes_cuts(*Role)
-def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
-    model: Model = None,
-    prefill: Annotated[int | None, Option(min=0, help="Workers that read prompts. Default 1; 0 with --mixed.")] = None,
-    decode: Annotated[int | None, Option(min=0, help="Workers that write answers. Default 1; 0 with --mixed.")] = None,
-    mixed: Annotated[int, Option(min=0, help="Workers that do both, un-split.")] = 0,
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    transport: Transport = "auto",
-    max_model_len: MaxModelLen = None,
-    kv_cache_tokens: KVCacheTokens = None,
-    block_size: BlockSize = 16,
-    eviction: EvictionOrder = "lru",
-    prefix_caching: PrefixCaching = True,
-    max_batch_tokens: MaxBatchTokens = 512,
-    max_sequences: MaxSequences = 64,
-    max_requests: Annotated[int, Option(min=1, help="Streams served or queued at once; beyond that 429.")] = 1024,
-    max_queue_seconds: Annotated[
-        float, Option(min=0.001, help="Requests that would wait longer for their turn get 429.")
-    ] = 60.0,
-    max_connections: Annotated[int, Option(min=1, help="Connections of clients at once; beyond that 503.")] = 8192,
-    checkpoint_tokens: Annotated[
-        int, Option(min=0, help="Copy each stream's KV to another worker every so many tokens; 0: never.")
-    ] = 0,
-    race_prefill: Annotated[int, Option(min=1, max=4, help="Workers that prefill each prompt; the first wins.")] = 1,
-    served_model_name: Annotated[list[str] | None, Option(help="Name(s) of the model for clients.")] = None,
-    api_key: Annotated[list[str] | None, Option(envvar="DIPTYCH_API_KEY", help="Key(s) clients must send.")] = None,
-    tenants: Annotated[Path | None, Option(help="TOML file of tenants: keys, weights and limits.")] = None,
-    engine: EngineKind = "torch",
-    listen: Annotated[str | None, Option(help="HOST:PORT where workers of other machines may join.")] = None,
-    key_file: Annotated[Path | None, Option(help="Secret that they share with this server; made if missing.")] = None,
-    tls: Tls = False,
-    advertise: Advertise = None,
+@takes_groups
+def serve(  # noqa: PLR0913 - one parameter per flag, or group of flags, is what a command line is
+    worker: WorkerFlags,
+    pools: PoolFlags,
+    http: HttpFlags,
+    others: ListenFlags,
     grace_seconds: Annotated[float, Option(min=0, help="For running requests, after SIGTERM.")] = 30.0,
     journal: Annotated[Path | None, Option(help="Directory for a record of every decision (JSONL).")] = None,
     config: Config = None,
@@ -115,68 +69,36 @@ def serve(  # noqa: PLR0913 - one parameter per flag is what a command line is
 ) -> None:
     """Serve a model through a prefill and a decode pool, with an OpenAI-compatible API."""
     from diptych import serve as composition
-    from diptych.front.tenants import Tenants, read_tenants
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if listen is not None and key_file is None:
-        raise ConfigError("--listen needs --key-file: only who holds the same key may join")
-    split = 0 if mixed else 1
+    set_up_logging(logging.WARNING)
     settings = composition.ServeSettings(
         pools=composition.PoolSettings(
-            prefill=split if prefill is None else prefill,
-            decode=split if decode is None else decode,
-            mixed=mixed,
-            cuts={Role(role): cut for role, cut in cuts.items()},
-            transport=transport,
+            **pools.numbers(), cuts={Role(role): cut for role, cut in cuts.items()}, transport=pools.transport
         ),
-        engine=composition.engine_settings(
-            model, kind=engine, device=device, dtype=dtype, block_size=block_size, max_model_len=max_model_len
-        ),
-        cache=CacheSettings(kv_tokens=kv_cache_tokens, eviction=eviction, prefix_caching=prefix_caching),
-        batch=BatchSettings(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
-        http=composition.HttpSettings(
-            host=host,
-            port=port,
-            api_keys=tuple(api_key or ()),
-            served_model_names=tuple(served_model_name or ()),
-            max_requests=max_requests,
-            max_queue_seconds=max_queue_seconds,
-            max_connections=max_connections,
-            checkpoint_tokens=checkpoint_tokens,
-            race_prefill=race_prefill,
-            tenants=Tenants() if tenants is None else read_tenants(tenants),
-        ),
-        join=None
-        if listen is None or key_file is None
-        else composition.JoinPoint(address=listen, key_file=key_file, tls=tls, advertise=advertise),
+        engine=worker.engine_settings(),
+        cache=worker.cache_settings(),
+        batch=worker.batch_settings(),
+        http=http.settings(),
+        join=others.join_point(),
         grace_seconds=grace_seconds,
         journal=journal,
     )
     composition.run(settings)
 
 
-@app.command()
+@app.command("worker")
 @takes_cuts("")
-def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
+@takes_groups
+def join_as_worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
     role: Annotated[Role, Option(help="What it is for.")],
     join: Annotated[str, Option(help="HOST:PORT of the server's --listen.")],
     key_file: Annotated[Path, Option(help="The server's key file, copied here.")],
-    model: Model = None,
+    worker: WorkerFlags,
     id: Annotated[str | None, Option(help="Its name in the fleet. Default: role and host name.")] = None,
     tls: Tls = False,
     advertise: Advertise = None,
     grace_seconds: Annotated[float, Option(min=0, help="For running requests, once it is told to leave.")] = 30.0,
     rejoin_seconds: Annotated[float, Option(min=0, help="How long a server may be gone.")] = 300.0,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    max_model_len: MaxModelLen = None,
-    kv_cache_tokens: KVCacheTokens = None,
-    block_size: BlockSize = 16,
-    eviction: EvictionOrder = "lru",
-    prefix_caching: PrefixCaching = True,
-    max_batch_tokens: MaxBatchTokens = 512,
-    max_sequences: MaxSequences = 64,
-    engine: EngineKind = "torch",
     journal: Annotated[Path | None, Option(help="File for a record of every decision (JSONL).")] = None,
     config: Config = None,
     *,
@@ -184,10 +106,9 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
 ) -> None:
     """Add one worker to a server that runs on another machine (diptych serve --listen)."""
     from diptych import join as composition
-    from diptych.serve import engine_settings
     from diptych.worker.joining import Patience
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(logging.INFO)
     settings = composition.JoinSettings(
         role=role,
         router=join,
@@ -195,13 +116,9 @@ def worker(  # noqa: PLR0913 - one parameter per flag is what a command line is
         tls=tls,
         worker_id=id,
         advertise=advertise,
-        engine=cuts[""].of(
-            engine_settings(
-                model, kind=engine, device=device, dtype=dtype, block_size=block_size, max_model_len=max_model_len
-            )
-        ),
-        cache=CacheSettings(kv_tokens=kv_cache_tokens, eviction=eviction, prefix_caching=prefix_caching),
-        batch=BatchSettings(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
+        engine=cuts[""].of(worker.engine_settings()),
+        cache=worker.cache_settings(),
+        batch=worker.batch_settings(),
         patience=Patience(grace=grace_seconds, rejoin=rejoin_seconds),
         journal=journal,
     )
@@ -233,7 +150,7 @@ def worker_process() -> None:
     from diptych.core.settings import WorkerSettings
     from diptych.worker_process import run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(logging.INFO)
     run(msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerSettings))
 
 

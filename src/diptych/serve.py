@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 from diptych.chaos import failpoints
 from diptych.chaos.failpoints import failpoint
 from diptych.core.clock import WallClock
-from diptych.core.errors import ConfigError
-from diptych.core.fleet import Role, WorkerId
+from diptych.core.errors import ConfigError, in_words
+from diptych.core.fleet import Role, WorkerId, WorkerState, can_serve
 from diptych.core.settings import BatchSettings, CacheSettings, CutSettings, EngineSettings, WorkerSettings
 from diptych.engine.hub import resolve_checkpoint
 from diptych.fleet.local import LocalFleet
@@ -32,8 +31,10 @@ from diptych.front.tenants import TenantKeys, Tenants
 from diptych.front.tokenizer import ByteTokenizer, Tokenizer
 from diptych.policy.admission import AdmissionLimits
 from diptych.policy.dispatch import RouterPolicy
+from diptych.policy.recovery import RecoverySettings
 from diptych.policy.routing import Routing
 from diptych.router.dispatch import FleetCallbacks, Router
+from diptych.run_directory import run_directory
 from diptych.signals import OperatorSignals
 from diptych.startup import Screen
 from diptych.telemetry.journal import open_journal
@@ -165,6 +166,17 @@ class ServeSettings:
     def transports(self) -> tuple[str, ...]:
         return TRANSPORTS[self.pools.transport]
 
+    @property
+    def front(self) -> FrontSettings:
+        """Raises ConfigError if clients could not be served so."""
+        return FrontSettings(
+            served_model_names=self.http.served_model_names or (self.engine.served_name,),
+            keys=self.http.keys,
+            checkpoint_tokens=self.http.checkpoint_tokens,
+            copies=self.cache.prefix_caching,
+            race=self.http.race_prefill,
+        )
+
 
 def engine_settings(model: str | None, **options: Any) -> EngineSettings:
     """The engine's settings, its model resolved to a directory here (None: the model that comes along).
@@ -196,32 +208,48 @@ def run(settings: ServeSettings) -> None:
 
 @dataclass(slots=True)
 class _Fleet:
-    """Router and workers while they run. `started` ends when all workers have registered once."""
+    """Router and workers while they run. `started` ends when all workers have registered once, `failed` (with an
+    exception) if they cannot, or if the router's loop breaks down."""
 
     router: Router
     workers: LocalFleet
     screen: Screen
     started: asyncio.Task[Any]
-    failed: asyncio.Future[Any]
+    failed: asyncio.Task[None]
+
+    def check(self) -> None:
+        """Raises why it has failed, if it has."""
+        if self.failed.done():
+            self.failed.result()
+
+
+async def _failure(workers: LocalFleet, beating: asyncio.Task[None]) -> None:
+    """Raises what ends the server. Without its beat a router would notice nothing any more."""
+    await asyncio.wait({workers.failed, beating}, return_when=asyncio.FIRST_COMPLETED)
+    if workers.failed.done():
+        raise workers.failed.result()
+    beating.result()
 
 
 async def _serve(settings: ServeSettings) -> None:
+    front = settings.front  # what is wrong with it is said before the workers load
     signals = OperatorSignals()
     draining, stopping = asyncio.create_task(signals.drain.wait()), asyncio.create_task(signals.stop.wait())
     connections = connection_limits(settings.http.max_connections)
     sock = bind(settings.http.host, settings.http.port)  # before the workers load: a port in use is known at once
     async with _fleet(settings) as fleet:
         await asyncio.wait({fleet.started, fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
-        if fleet.failed.done():
-            raise fleet.failed.result()
+        fleet.check()
         if not signals.drain.is_set():
             signals.on_hangup(fleet.workers.restart_each)
-            async with _front(settings, fleet, sock, connections):
+            async with _front(settings, front, fleet, sock, connections):
                 await asyncio.wait({fleet.failed, draining}, return_when=asyncio.FIRST_COMPLETED)
+                fleet.check()
                 failpoint("router.draining")
                 drained = asyncio.create_task(fleet.router.drain(settings.grace_seconds))
                 await asyncio.wait({fleet.failed, drained, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 drained.cancel()
+                fleet.router.end_requests()
         fleet.screen.stopping()
     draining.cancel()
     stopping.cancel()
@@ -229,23 +257,16 @@ async def _serve(settings: ServeSettings) -> None:
 
 @contextlib.asynccontextmanager
 async def _front(
-    settings: ServeSettings, fleet: _Fleet, sock: socket.socket, connections: ConnectionLimits
+    settings: ServeSettings, front: FrontSettings, fleet: _Fleet, sock: socket.socket, connections: ConnectionLimits
 ) -> AsyncIterator[None]:
     """The HTTP server, announced on the screen."""
     scripted = settings.engine.kind == "scripted"
     codec = ByteTokenizer() if scripted else Tokenizer.load(Path(settings.engine.model))
-    names = settings.http.served_model_names or (settings.engine.served_name,)
-    front = FrontSettings(
-        served_model_names=names,
-        keys=settings.http.keys,
-        max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len),
-        checkpoint_tokens=settings.http.checkpoint_tokens,
-        race=settings.http.race_prefill,
-    )
+    front = replace(front, max_body_values=max(MIN_BODY_VALUES, 2 * fleet.router.model.max_model_len))
     app = create_app(fleet.router, codec, front)
     example = BUILTIN_EXAMPLE if settings.engine.model == str(BUILTIN_MODEL) else PLAIN_EXAMPLE
     async with http_serve(app, sock, limits=connections) as server:
-        fleet.screen.ready(server.url, names[0], fleet.router, example)
+        fleet.screen.ready(server.url, front.served_model_names[0], fleet.router, example)
         yield
 
 
@@ -255,7 +276,7 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
     roles = settings.pools.roles()
     join = settings.join
     key = secrets.token_bytes(KEY_BYTES) if join is None else read_or_create_key(join.key_file)
-    with tempfile.TemporaryDirectory(prefix="diptych-") as run_dir:
+    with run_directory() as run_dir:
         address = f"unix:{run_dir}/router.sock"
         workers = LocalFleet(_worker_settings(settings, roles, address, key, run_dir))
         screen = Screen(roles)
@@ -266,17 +287,20 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
             workers.confirm_started(worker_id)
             screen.joined(worker_id)
             awaited.discard(worker_id)
-            if not awaited and (join is None or router.ready()):
+            there = {worker.role for worker in router.workers() if worker.state is WorkerState.READY}
+            if not awaited and (join is None or can_serve(there)):
                 started.set()
 
         policy = RouterPolicy(
             Routing(transports=settings.transports),
             settings.http.admission,
+            recovery=RecoverySettings(try_paths=True),
         )
         journal = open_journal(_journal_path(settings, "router"))
         callbacks = FleetCallbacks(on_joined=on_joined, on_loading=screen.loading, on_silent=workers.kill)
         router = Router(policy, WallClock(), journal, expected=roles, callbacks=callbacks)
-        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(router.beat())]
+        beating = asyncio.create_task(router.beat())
+        tasks: list[asyncio.Task[Any]] = [beating]
         listeners = [await listen(address, key, router.on_channel, messages.FromWorker)]
         try:
             if join is not None:
@@ -284,9 +308,10 @@ async def _fleet(settings: ServeSettings) -> AsyncIterator[_Fleet]:
                 screen.listening(join.flags(listeners[-1].address))
             workers.start()
             waiting = asyncio.create_task(started.wait())
-            tasks.append(waiting)
+            failure = asyncio.create_task(_failure(workers, beating))
+            tasks += [waiting, failure]
             with screen:
-                yield _Fleet(router, workers, screen, waiting, workers.failed)
+                yield _Fleet(router, workers, screen, waiting, failure)
         finally:
             router.shutdown()
             await workers.stop()
@@ -302,7 +327,8 @@ async def _listen_for_others(join: JoinPoint, key: bytes, router: Router) -> Lis
     try:
         return await listen(str(address), key, router.on_channel, messages.FromWorker)
     except OSError as error:
-        raise ConfigError(f"cannot listen at {address}: {error.strerror}; change --listen") from error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else in_words(error)
+        raise ConfigError(f"cannot listen at {address}: {reason}; change --listen") from error
 
 
 def _worker_settings(
@@ -335,5 +361,8 @@ def _worker_settings(
 def _journal_path(settings: ServeSettings, name: str) -> str | None:
     if settings.journal is None:
         return None
-    settings.journal.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.journal.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--journal {settings.journal}: {in_words(error)}") from error
     return str(settings.journal / f"{name}.jsonl")

@@ -30,14 +30,17 @@ def test_real_workers_write_down_what_happened(tmp_path: Path) -> None:
             assert chunk["begin"] <= chunk["layers"][0] <= chunk["layers"][-1] <= chunk["end"]
             assert all(written < verified for written, verified in zip(chunk["layers"], chunk["verified"], strict=True))
         assert run["chunks"][-1]["verified"][-1] < run["complete"] < run["decodes"][0][0]
-        assert run["first_token"] < run["complete"]
+        assert run["chunks"][-1]["layers"][-1] < run["computed"] < run["first_token"] < run["complete"]
         assert run["transfer"] > 0
     assert "| 600 | tcp |" in markdown({"machine": MACHINE, "torch": runs, "scripted": runs})
 
 
 def steps(request: str, *spans: tuple[float, float, int, int]) -> list[dict[str, Any]]:
     return [
-        {"begin": begin, "layers": [begin + 1, begin + 2], "end": end, "rows": [[request, first, last]]}
+        {
+            **{"begin": begin, "layers": [begin + 1, begin + 2], "computed": begin + 2.5, "end": end},
+            "rows": [[request, first, last]],
+        }
         for begin, end, first, last in spans
     ]
 
@@ -51,8 +54,9 @@ def test_times_count_from_the_first_step_and_pages_belong_to_the_chunk_that_made
         "steps": [
             *steps("r", (100, 103, 0, 32), (103, 106, 32, 64)),
             *steps("other", (106, 107, 0, 16)),
-            *steps("r-cached", (200, 203, 48, 64)),
-        ]
+            *steps("r-cached", (200.5, 203, 48, 64)),
+        ],
+        "pushed": {"r": 101, "r-cached": 200},
     }
     target = {
         "verified": [
@@ -66,8 +70,9 @@ def test_times_count_from_the_first_step_and_pages_belong_to_the_chunk_that_made
     run = summarize({"request": "r", "tokens": 64, "transport": "tcp"}, source, target)
     assert [chunk["verified"] for chunk in run["chunks"]] == [[2.0, 3.5], [5.0, 6.5]]
     assert [chunk["layers"] for chunk in run["chunks"]] == [[1, 2], [4, 5]]
-    assert (run["first_token"], run["complete"], run["exposed"], run["after_token"]) == (6, 7, 2, 1)
-    assert run["decode_begins"] == 2.5
+    assert (run["first_token"], run["complete"]) == (6, 7)
+    assert (run["exposed"], run["after_kv"], run["after_token"]) == (1.5, 2, 1)
+    assert run["decode_begins"] == 2
     assert run["transfer"] == pytest.approx(3 * 64 / 48)  # of 48 tokens in 3 seconds
     assert bound(run) == pytest.approx(2 + 0.002)
 
@@ -86,6 +91,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         "tokens": 512,
         "chunks": [chunk],
         "decodes": [[0.6, 0.7]],
+        "computed": 0.35,
         "first_token": 0.4,
         "complete": 0.55,
         "exposed": 0.1,

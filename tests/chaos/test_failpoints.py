@@ -77,7 +77,9 @@ def test_hits_are_counted_over_all_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["a.b", "w/a.b", "w/a.b=explode", "w/a.b=kill@0", "w/a b=kill", "/a=kill", "w/a=kill@x"]
+    "spec",
+    ["a.b", "w/a.b", "w/a.b=explode", "w/a.b=kill@0", "w/a b=kill", "/a=kill", "w/a=kill@x"]
+    + [f"w/a=delay{argument}" for argument in ("", ":soon", ":-1", ":nan", ":inf")],
 )
 def test_what_cannot_be_read_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match=VARIABLE):

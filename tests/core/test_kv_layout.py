@@ -164,3 +164,15 @@ def test_ranks_and_layers_that_do_not_exist_are_refused() -> None:
         KVMemory(layout, 1, memoryview(bytearray(16)), rank=2)
     with pytest.raises(ValueError, match="no data-parallel rank 1 among 1"):
         SequenceKV(layout, [0], data_rank=1)
+
+
+def test_heads_and_latents_exclude_each_other() -> None:
+    for sizes in ({"num_kv_heads": 1}, {"head_dim": 8}):
+        with pytest.raises(ValueError, match="heads or latents"):
+            KVLayout(num_layers=1, latent_dim=4, dtype="uint8", block_size=1, **sizes)
+
+
+def test_a_cut_in_short() -> None:
+    assert LLAMA_3_8B.cut == ""
+    assert replace(LLAMA_3_8B, tensor_parallel=2).cut == "tp2"
+    assert replace(LLAMA_3_8B, pipeline_parallel=4, data_parallel=2, expert_parallel=2).cut == "pp4 dp2 ep2"

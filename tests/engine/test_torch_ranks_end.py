@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -79,15 +80,35 @@ def test_a_rank_that_dies_in_a_step_ends_the_engine(ranks: Ranks) -> None:
     ranks.engine.forget(sequence.request_id)
 
 
-@pytest.mark.slow
-def test_a_rank_that_has_died_between_steps_ends_the_engine(ranks: Ranks) -> None:
+def test_a_rank_that_dies_between_steps_is_noticed_at_once(ranks: Ranks) -> None:
     harness = ParallelHarness(ranks)
     sequence = harness.sequence(random_prompt(40))
     harness.step((sequence, 30))
+    losses: queue.SimpleQueue[EngineLost] = queue.SimpleQueue()
+    ranks.engine.watch(losses.put)
     os.kill(ranks.engine.pids[0], signal.SIGKILL)
+    loss = losses.get(timeout=LIMIT_SECONDS)
+    assert str(loss) == "rank 0 has ended (signal SIGKILL)"
+    assert ended(ranks.engine.pids)
+    ranks.engine.watch(losses.put)  # as the next life of a worker does
+    assert losses.get(timeout=LIMIT_SECONDS) is loss
     with pytest.raises(EngineLost, match=r"rank 0 has ended \(signal SIGKILL\)"):
         harness.step((sequence, 30))
+
+
+def test_a_rank_that_is_stuck_ends_the_engine(ranks: Ranks) -> None:
+    harness = ParallelHarness(ranks)
+    sequence = harness.sequence(random_prompt(40))
+    harness.step((sequence, 30))
+    losses: queue.SimpleQueue[EngineLost] = queue.SimpleQueue()
+    ranks.engine.watch(losses.put)
+    ranks.engine.silence_seconds = 0.5
+    os.kill(ranks.engine.pids[1], signal.SIGSTOP)
+    with pytest.raises(EngineLost, match=r"no rank has said anything for 0.5 s: one of them is stuck"):
+        harness.step((sequence, 30))
     assert ended(ranks.engine.pids)
+    ranks.engine.close()
+    assert losses.empty(), "whoever takes the step knows already"
 
 
 @pytest.mark.slow

@@ -15,7 +15,17 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from diptych.core.errors import DiptychError
-from diptych.core.fleet import ModelInfo, Role, Route, RouterStats, WorkerState, WorkerStats, WorkerView
+from diptych.core.fleet import (
+    BreakerState,
+    ModelInfo,
+    Readiness,
+    Role,
+    Route,
+    RouterStats,
+    WorkerState,
+    WorkerStats,
+    WorkerView,
+)
 from diptych.core.request import FinishReason, Request, SampledToken, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.front.app import create_app
@@ -97,7 +107,7 @@ class FakeDispatcher:
     checked: list[str] = field(default_factory=list)
     accept: int | None = None  # how many requests before `refusal`
     num_cached_tokens: int = 0
-    is_ready: bool = True
+    ready: Readiness = Readiness.YES
     streams: list[FakeStream] = field(default_factory=list)
     submitted: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -122,18 +132,35 @@ class FakeDispatcher:
         ]
 
     def stats(self) -> RouterStats:
-        return RouterStats(running=1, waiting=2, waiting_tokens=30, retried=4, ignored=5)
+        return RouterStats(
+            running=1,
+            waiting=2,
+            waiting_tokens=30,
+            retried=4,
+            moved=6,
+            ignored=5,
+            worker_breakers={"decode-0": BreakerState.HALF_OPEN},
+            pair_breakers={("prefill-0", "decode-0"): BreakerState.OPEN},
+        )
 
     def alive(self) -> bool:
         return True
 
-    def ready(self) -> bool:
-        return self.is_ready
+    def readiness(self) -> Readiness:
+        return self.ready
 
 
 def _worker(worker_id: str, role: Role, state: WorkerState, stats: WorkerStats) -> WorkerView:
     return WorkerView(
-        worker_id=worker_id, role=role, state=state, epoch=7, pid=11, cut="tp4 ep4", num_blocks=9, stats=stats
+        worker_id=worker_id,
+        role=role,
+        state=state,
+        epoch=7,
+        pid=11,
+        cut="tp4 ep4",
+        num_blocks=9,
+        stats=stats,
+        turned_away=(("late frame", 2), ("used ticket", 1)),
     )
 
 

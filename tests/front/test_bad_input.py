@@ -322,3 +322,15 @@ def test_structured_output_is_not_offered_whatever_the_schema(schema: Any) -> No
     response = ask(dispatcher, *chat(response_format=wanted))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_parameter")
     assert dispatcher.streams == []
+
+
+def test_copies_are_refused_where_nobody_could_keep_them() -> None:
+    """And not promised in silence."""
+    dispatcher = FakeDispatcher()
+    headers = {"x-diptych-checkpoint": "64"}
+    refused = ask(dispatcher, *completion(), headers=headers, copies=False)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["type"]) == (400, "invalid_request_error")
+    assert (error["param"], error["code"]) == ("x-diptych-checkpoint", "unsupported_parameter")
+    assert dispatcher.streams == []
+    assert ask(dispatcher, *completion(), headers={"x-diptych-checkpoint": "0"}, copies=False).status_code == 200

@@ -6,7 +6,7 @@ import asyncio
 
 import httpx
 import pytest
-from front_fakes import FakeDispatcher, front_app
+from front_fakes import FakeDispatcher, ask, front_app
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.core.errors import OverloadedError, ServingError
@@ -49,6 +49,30 @@ def test_requests_are_counted_by_their_end() -> None:
     assert found["diptych_ttft_seconds_count", ()] == 4
     assert found["diptych_itl_seconds_count", ()] == 3 * 3 + 1
     assert found["diptych_worker_kv_blocks_used", (("role", "decode"), ("worker", "decode-0"))] == 3
+
+
+def test_trust_and_what_was_turned_away() -> None:
+    text = ask(FakeDispatcher(), "/metrics", method="GET").text
+    found = samples(text)
+
+    def state(name: str, **labels: str) -> str:
+        """The only state that is set."""
+        [now] = (
+            dict(key)["state"]
+            for (metric, key), value in found.items()
+            if metric == name and value and labels.items() <= dict(key).items()
+        )
+        return now
+
+    assert state("diptych_worker_breaker", worker="prefill-0") == "closed"
+    assert state("diptych_worker_breaker", worker="decode-0") == "half-open"
+    assert state("diptych_pair_breaker", prefill="prefill-0", decode="decode-0") == "open"
+    assert found["diptych_router_moved_total", ()] == 6
+    assert found["diptych_router_ignored_total", ()] == 5
+    late = (("reason", "late frame"), ("role", "decode"), ("worker", "decode-0"))
+    assert found["diptych_worker_turned_away_total", late] == 2
+    families = text_string_to_metric_families(text)
+    assert all(family.documentation for family in families)
 
 
 @pytest.mark.fault(55)

@@ -9,6 +9,7 @@ from front_fakes import FakeDispatcher, ask, byte_level_tokenizer
 
 import diptych
 from diptych.core.errors import ConfigError
+from diptych.core.fleet import Readiness
 from diptych.front.settings import FrontSettings
 from diptych.front.tenants import TenantKeys
 
@@ -44,12 +45,19 @@ def test_fleet() -> None:
 def test_health() -> None:
     for path in ("/health", "/ready", "/live"):
         assert get(path).status_code == 200
-    loading = FakeDispatcher(is_ready=False)
+    loading = FakeDispatcher(ready=Readiness.NO)
     assert get("/live", loading).status_code == 200
     for path in ("/health", "/ready"):
         response = get(path, loading)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
         assert response.headers["retry-after"] == "1"
+
+
+def test_a_fleet_that_cannot_hand_over_serves_and_says_so() -> None:
+    assert get("/ready").json() == {"status": "ok"}
+    response = get("/ready", FakeDispatcher(ready=Readiness.DEGRADED))
+    assert (response.status_code, response.json()["status"]) == (200, "degraded")
+    assert "un-split" in response.json()["reason"]
 
 
 def test_version() -> None:

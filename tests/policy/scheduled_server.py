@@ -31,18 +31,18 @@ class Server:
         self.finished: list[Sequence] = []
         self.starved: list[Sequence] = []
 
-    def sequence(self, prompt: list[int], max_tokens: int, seed: int = 0) -> Sequence:
+    def sequence(self, prompt: list[int], max_tokens: int, seed: int = 0, tenant: str = "") -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0 if seed == 0 else 1.0, seed=seed)
         number = len(self.age)
         self.age[
             sequence := Sequence.from_log(
-                Request(request_id=f"r{number}", prompt_token_ids=tuple(prompt), sampling=sampling)
+                Request(request_id=f"r{number}", prompt_token_ids=tuple(prompt), sampling=sampling, tenant=tenant)
             )
         ] = number
         return sequence
 
-    def add(self, prompt: list[int], max_tokens: int, seed: int = 0) -> Sequence:
-        sequence = self.sequence(prompt, max_tokens, seed)
+    def add(self, prompt: list[int], max_tokens: int, seed: int = 0, tenant: str = "") -> Sequence:
+        sequence = self.sequence(prompt, max_tokens, seed, tenant)
         self.scheduler.add(sequence)
         return sequence
 
@@ -64,7 +64,7 @@ class Server:
         self.check_order(was_waiting)
         if batch is None:
             return None
-        self.check_batch(batch)
+        self.check_batch(batch, was_waiting)
         tokens = self.engine.step(batch)
         self.scheduler.complete(batch)
         for row, token in zip(batch.rows, tokens, strict=True):
@@ -78,19 +78,23 @@ class Server:
         return batch
 
     def check_order(self, was_waiting: set[Sequence]) -> None:
-        """Nobody overtakes, and it is the youngest who give way."""
+        """Nobody of one's own tenant overtakes, and it is the youngest who give way."""
         running, waiting = self.scheduler.running, self.scheduler.waiting
         admitted = [sequence for sequence in running if sequence in was_waiting]
-        assert all(self.age[sequence] < self.age[other] for sequence in admitted for other in waiting)
+        for tenant in {sequence.request.tenant for sequence in self.age}:
+            queue = [self.age[other] for other in waiting if other.request.tenant == tenant]
+            assert queue == sorted(queue)
+            before = [self.age[sequence] for sequence in admitted if sequence.request.tenant == tenant]
+            assert not before or not queue or max(before) < queue[0]
         preempted = self.scheduler.preempted
-        kept = [sequence for sequence in running if not sequence.pinned and sequence not in preempted]
+        newly_there = {*preempted, *was_waiting}
+        kept = [sequence for sequence in running if not sequence.pinned and sequence not in newly_there]
         assert all(self.age[sequence] > self.age[other] for sequence in preempted for other in kept)
-        for sequences in (running, waiting):
-            assert list(sequences) == sorted(sequences, key=self.age.__getitem__)
+        assert list(running) == sorted(running, key=self.age.__getitem__)
         for sequence in self.scheduler.starved:
             assert not self.scheduler.fits(sequence.num_tokens)
 
-    def check_batch(self, batch: Batch) -> None:
+    def check_batch(self, batch: Batch, was_waiting: set[Sequence]) -> None:
         assert 0 < batch.num_tokens <= self.limits.max_batch_tokens
         assert len(batch.rows) <= self.limits.max_sequences
         taking_part = [row.sequence for row in batch.rows]
@@ -102,7 +106,7 @@ class Server:
             assert row.samples == (row.end == row.sequence.num_tokens)
         due = self.scheduler.running[: self.limits.max_sequences]
         decodes = {sequence for sequence in due if sequence.num_uncomputed_tokens == 1 and not sequence.pinned}
-        assert decodes <= set(taking_part), "a decode was left out"
+        assert decodes - was_waiting <= set(taking_part), "a decode was left out"
         prefills = {sequence for sequence in due if sequence.num_uncomputed_tokens > 1}
         assert not prefills or prefills & set(taking_part), "prefills were left out"
 

@@ -10,6 +10,7 @@ from diptych.core.errors import OverloadedError
 from diptych.core.fleet import Role, Route, WorkerState, WorkerStats, WorkerView
 from diptych.core.request import Request, SamplingParams
 from diptych.policy.admission import JITTER, Admission, AdmissionLimits, TenantLimits
+from diptych.policy.backlog import Prompt
 from diptych.policy.saturation import Pending, Room, RoomLimits
 
 RATE = 1000.0
@@ -51,6 +52,15 @@ def test_the_router_serves_so_many_requests_and_no_more() -> None:
     assert (error.status, error.code) == (429, "queue_full")
     books.leave(request("a"))
     assert books.refusal("", 10, None, room()) is None
+    books.enter(request("c"), 0.0)
+    assert refused(books).code == "queue_full"
+
+
+def test_so_many_prompt_tokens_wait_and_no_more() -> None:
+    books = admission(max_queued_tokens=100)
+    books.enter(request("a", prompt=70), 0.0)
+    assert books.refusal("", 30, None, room()) is None
+    assert refused(books, prompt=31).code == "queue_full"
 
 
 def test_without_a_ready_worker_nothing_comes_in() -> None:
@@ -101,9 +111,9 @@ def test_anothers_queue_does_not_count_against_a_tenant_whose_turn_is_next() -> 
     books = admission(max_queue_seconds=5.0)
     books.enter(request("0", "noisy", prompt=100_000), 0.0)
     assert refused(books, "noisy").code == "queue_full"
-    assert books.wait_seconds("victim", room()) == 0
+    assert books.wait_seconds(Prompt(10, "victim"), room()) == 0
     books.enter(request("1", "victim", prompt=1000), 0.0)
-    assert books.wait_seconds("victim", room()) == pytest.approx(2.0)  # its own, and as much of the other's
+    assert books.wait_seconds(Prompt(10, "victim"), room()) == pytest.approx(2.0)  # its own, and as much of the other's
 
 
 @pytest.mark.fault(60)
@@ -114,6 +124,7 @@ def test_refused_clients_are_not_told_to_come_back_all_at_once() -> None:
     assert 20.0 <= times[0] < times[-1] <= 20.0 * (1 + JITTER)
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     assert max(gaps) < 4 * 20.0 * JITTER / 100
+    assert times[-1] - times[0] > 0.9 * 20.0 * JITTER
     assert books.refused == {"queue_full": 100}
 
 
@@ -123,7 +134,7 @@ def test_the_measured_drain_counts_if_it_is_slower_than_prefill() -> None:
         books.enter(request(str(number), prompt=100), 0.0)
     for second in range(1, 11):  # 100 tokens a second, where prefill alone would do a thousand
         books.start(str(second), float(second))
-    assert books.wait_seconds("", room()) == pytest.approx(20.0, rel=0.2)
+    assert books.wait_seconds(Prompt(10), room()) == pytest.approx(20.0, rel=0.2)
 
 
 def test_a_kv_share_is_kept_and_one_request_may_always_run() -> None:
@@ -163,29 +174,40 @@ def test_books_are_empty_in_the_end() -> None:
     ("pending", "stats", "tokens", "fits"),
     [
         ((), {}, 1000, True),
-        ((Pending("w", "w", 999),), {}, 1, True),
-        ((Pending("w", "w", 1000),), {}, 251, False),  # a second of prefill is ahead of it
-        ((Pending("w", "w", 499),), {"prefill_rate": 1.0}, 1, True),  # they may share a step
-        ((Pending("w", "w", 500),), {"prefill_rate": 1.0}, 126, False),
-        ((Pending("w", "w", 500),), {"prefill_rate": 1.0}, 125, True),  # short beside a long one
-        ((Pending("w", "w", 500),) * 2, {"prefill_rate": 1.0}, 1, False),
-        ((Pending("w", "w", 1),) * 64, {}, 1, False),
+        ((Pending("w", "w", Prompt(999)),), {}, 1, True),
+        ((Pending("w", "w", Prompt(1000)),), {}, 251, False),  # a second of prefill is ahead of it
+        ((Pending("w", "w", Prompt(499)),), {"prefill_rate": 1.0}, 1, True),  # they may share a step
+        ((Pending("w", "w", Prompt(500)),), {"prefill_rate": 1.0}, 126, False),
+        ((Pending("w", "w", Prompt(500)),), {"prefill_rate": 1.0}, 125, True),  # short beside a long one
+        ((Pending("w", "w", Prompt(500)),) * 2, {"prefill_rate": 1.0}, 1, False),
+        ((Pending("w", "w", Prompt(1)),) * 64, {}, 1, False),
         ((), {"blocks_used": 90}, 100, True),
         ((), {"blocks_used": 90}, 101, False),
-        ((Pending("w", "w", 100),), {"blocks_used": 90}, 1, False),  # promised, and not reported yet
+        ((Pending("w", "w", Prompt(100)),), {"blocks_used": 90}, 1, False),  # promised, and not reported yet
         ((), {"blocks_used": 1, "waiting": 4}, 1, False),
     ],
 )
 def test_room_for_one_more(pending: tuple[Pending, ...], stats: dict[str, Any], tokens: int, fits: bool) -> None:
-    assert room(*pending, **stats).fits(Route("w"), tokens) is fits
+    assert room(*pending, **stats).takes(Route("w"), Prompt(tokens)) is fits
+
+
+@pytest.mark.fault(56)
+def test_what_others_have_there_takes_nobodys_room() -> None:
+    slow = room(Pending("w", "w", Prompt(500, "noisy")), prefill_rate=1.0)
+    assert slow.takes(Route("w"), Prompt(200, "victim"))
+    assert not slow.takes(Route("w"), Prompt(200, "noisy"))
+    assert slow.fits(Route("w"), Prompt(200, "noisy")), "it has enough: that is no reason for others to wait"
+    full = [Pending("w", "w", Prompt(1, str(number))) for number in range(64)]
+    assert not room(*full).fits(Route("w"), Prompt(1, "victim"))
 
 
 def test_room_on_both_ends_of_a_route() -> None:
     pair = [view("p", Role.PREFILL), view("d", Role.DECODE)]
     split, local = Route("d", "p", "shm"), Route("d")
-    assert Room(pair, (), ROOM).fits(split, 10)
-    busy = Room(pair, [Pending("p", "d", 5000)], RoomLimits())
-    assert not busy.fits(split, 10)
-    assert Room(pair, [Pending("p", "p", 5000)], ROOM).fits(local, 10)  # who prefills elsewhere need not wait
-    assert not Room([pair[0], view("d", Role.DECODE, blocks_used=100)], (), ROOM).fits(split, 10)
+    assert Room(pair, (), ROOM).takes(split, Prompt(10))
+    busy = Room(pair, [Pending("p", "d", Prompt(5000))], RoomLimits())
+    assert not busy.takes(split, Prompt(10))
+    elsewhere = Room(pair, [Pending("p", "p", Prompt(5000))], ROOM)
+    assert elsewhere.takes(local, Prompt(10))  # who prefills elsewhere need not wait
+    assert not Room([pair[0], view("d", Role.DECODE, blocks_used=100)], (), ROOM).takes(split, Prompt(10))
     assert not Room([], (), ROOM)

@@ -31,10 +31,10 @@ class ServerMachine(RuleBasedStateMachine):
         self.server = Server(num_blocks, limits, prefix_caching=prefix_caching)
         self.live: list[Sequence] = []
 
-    @rule(prompt=prompts, max_tokens=st.integers(1, 30), seed=st.integers(0, 2))
-    def arrive(self, prompt: list[int], max_tokens: int, seed: int) -> None:
+    @rule(prompt=prompts, max_tokens=st.integers(1, 30), seed=st.integers(0, 2), tenant=st.sampled_from("aab"))
+    def arrive(self, prompt: list[int], max_tokens: int, seed: int, tenant: str) -> None:
         if self.server.scheduler.fits(len(prompt) + 1):
-            self.live.append(self.server.add(prompt, max_tokens, seed))
+            self.live.append(self.server.add(prompt, max_tokens, seed, tenant))
 
     @rule(prompt=prompts, max_tokens=st.integers(2, 30))
     def take_over(self, prompt: list[int], max_tokens: int) -> None:
@@ -103,6 +103,56 @@ def test_short_prompts_need_not_wait_for_a_long_one() -> None:
     worker.add([67] * 8, 1)  # more than a quarter of the 30 tokens that the oldest lacks
     assert shares(worker.step()) == [("r0", 30, 9)]
     worker.run()
+
+
+@pytest.mark.fault(56)
+def test_who_brings_little_goes_before_a_flood_and_steps_are_short_for_it() -> None:
+    worker = server(num_blocks=80, tokens=24, sequences=6)
+    worker.add(list(range(40, 200)), 1, tenant="flood")
+    worker.add(list(range(140, 200)), 1, tenant="flood")
+    for _ in range(3):
+        assert worker.step().num_tokens == 24  # type: ignore[union-attr]
+    worker.add([65] * 20, 1, tenant="victim")
+    worker.add([66] * 6, 1, tenant="victim")
+    assert shares(worker.step()) == [("r2", 0, 20), ("r3", 0, 4)]
+    assert shares(worker.step()) == [("r3", 4, 2), ("r0", 72, 10)]  # and no more than half of the step
+    assert shares(worker.step()) == [("r0", 82, 12)]
+    worker.run()
+    assert [sequence.request_id for sequence in worker.finished] == ["r2", "r3", "r0", "r1"]
+
+
+@pytest.mark.fault(56)
+def test_a_long_prompt_gets_on_beside_others_that_never_end() -> None:
+    worker = server(num_blocks=60, tokens=8, sequences=4)
+    long = worker.add(list(range(40, 100)), 1, tenant="long")
+    for step in range(200):
+        for tenant in ("one", "two"):
+            if sum(waiting.request.tenant == tenant for waiting in worker.scheduler.waiting) < 2:
+                worker.add([66 + step % 20] * 5, 1, tenant=tenant)
+        worker.step()
+    assert long in worker.finished
+
+
+def test_what_is_cached_does_not_count_against_its_tenant() -> None:
+    worker = server(num_blocks=80, tokens=8, sequences=4)
+    known = list(range(40, 120))
+    worker.add(known, 1, tenant="chat")
+    worker.run()
+    worker.add(list(range(80, 120)), 1, tenant="flood")
+    worker.step()
+    worker.add([*known, 1, 2, 3], 1, tenant="chat")
+    assert shares(worker.step())[0] == ("r2", 80, 3)
+
+
+@pytest.mark.fault(56)
+def test_credit_is_bounded_however_long_others_have_been_there() -> None:
+    worker = server(num_blocks=200, tokens=24, sequences=4)
+    for number in range(10):
+        worker.add([30 + number] * 40, 1, tenant="flood")
+    worker.step_until(lambda: len(worker.finished) == 7)
+    newcomer = worker.add(list(range(100, 200)), 1, tenant="newcomer")
+    worker.step_until(lambda: newcomer in worker.finished)
+    assert [sequence.request_id for sequence in worker.finished][:8] == [f"r{number}" for number in range(8)]
 
 
 def test_preempted_sequence_recomputes_its_log_in_chunks() -> None:
@@ -302,16 +352,6 @@ def test_detached_blocks_are_the_callers() -> None:
     worker.pool.check_integrity({"hand-off": blocks})
     worker.pool.release(reversed(blocks))
     worker.run()
-
-
-def test_front_of_the_queue() -> None:
-    worker = server(sequences=1)
-    later = worker.sequence([66], 1)
-    worker.age[later] = -1
-    first = worker.add([65], 1)
-    worker.scheduler.add(later, front=True)
-    worker.run()
-    assert worker.finished == [later, first]
 
 
 def test_joined_sequences_beyond_the_limit_take_turns_by_age() -> None:

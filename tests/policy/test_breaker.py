@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.policy.breaker import Breakers, BreakerSettings, BreakerState
+from diptych.core.fleet import BreakerState
+from diptych.policy.breaker import Breakers, BreakerSettings
 
 SETTINGS = BreakerSettings(failures=3, first=1.0, longest=8.0, calm=60.0)
 
@@ -33,6 +34,17 @@ def test_failures_in_a_row_open_it_and_a_success_starts_the_row_over() -> None:
     assert them.state("w", 0.4) is BreakerState.OPEN
     assert them.blocked() == {"w"}
     assert them.state("other", 0.4) is BreakerState.CLOSED
+
+
+def test_what_is_being_probed_is_not_forgotten() -> None:
+    them = breakers()
+    them.failed("w", 0.0, fatal=True)
+    them.probe("w")
+    them.prune(1000.0)
+    assert them.blocked() == {"w"}
+    them.probe_succeeded("w")
+    them.prune(1000.0)
+    assert len(them) == 0
 
 
 def test_only_a_probe_closes_it() -> None:

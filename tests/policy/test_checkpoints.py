@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from world import MODEL, World
 from diptych.core.events import HandoffFailed, RequestFailed, Tick, WorkerUpdated
 from diptych.core.fleet import Role
 from diptych.core.request import Preference, Request, SamplingParams
+from diptych.core.timeline import Timeline
 from diptych.policy.admission import AdmissionLimits
 from diptych.policy.live_request import Checkpoint, LiveRequest
 from diptych.policy.saturation import RoomLimits
@@ -91,10 +93,20 @@ def test_a_copy_sends_only_what_the_buddy_lacks() -> None:
     assert len({ticket.worker_id for ticket in claims}) == 1
     for earlier, later in zip(claims, claims[1:], strict=False):
         assert later.first_block == earlier.num_tokens // BLOCK
-    stats = world.router.stats()
+    stats = world.router.stats(0.0)
     assert stats.checkpoints == len(claims)
     assert stats.checkpoint_tokens == sum(ticket.num_tokens - ticket.first_block * BLOCK for ticket in claims)
-    for name in checkpoints_of(world):  # the source computes one token
+
+
+@pytest.mark.parametrize("every", [EVERY, EVERY - 3, EVERY + 3])
+def test_the_source_of_a_copy_computes_one_token(every: int) -> None:
+    world = World(1, FLEET)
+    world.submit(insured(every=every))
+    ends_well(world, insured(every=every))
+    assert len(checkpoints_of(world)) >= 3
+    for name in checkpoints_of(world):
+        asked_at = int(name.rpartition("~")[2])  # the length of the log: the last token has no KV yet
+        assert world.claims[name].num_tokens == (asked_at - 1) // BLOCK * BLOCK + 1
         assert world.cached[name] == world.claims[name].num_tokens - 1
 
 
@@ -122,6 +134,34 @@ def test_the_death_of_either_end_of_a_copy_leaves_nothing_behind(seed: int) -> N
     for _ in range(seed // 2):
         world.step()
     world.kill(copy.pair[seed % 2])
+    before = len(checkpoints_of(world))
+    run_until(world, 75)
+    assert len(checkpoints_of(world)) > before  # and there are others
+    ends_well(world, insured())
+
+
+def test_one_copy_at_a_time_in_its_tenant_s_part_of_the_cache() -> None:
+    world = World(1, FLEET)
+    request = replace(insured(every=1), cache_salt="salt", tenant="tenant")
+    world.submit(request)
+    most = 0
+    while world.step():
+        under_way = copies(world)
+        most = max(most, len(under_way))
+        assert all((copy.request.cache_salt, copy.request.tenant) == ("salt", "tenant") for copy in under_way)
+    assert most == 1
+    ends_well(world, request)
+
+
+def test_a_stream_that_went_on_at_its_buddy_gets_a_new_one() -> None:
+    world = World(2, FLEET | {"d2": Role.DECODE})
+    world.submit(insured())
+    live = run_until(world, 25)
+    buddy = live.backup.buddy
+    world.kill(live.route.decode, back=False)
+    assert live.route.decode == buddy
+    run_until(world, 60)
+    assert live.backup.buddy not in (None, buddy)
     ends_well(world, insured())
 
 
@@ -172,6 +212,7 @@ def test_a_copy_that_a_worker_fails_to_compute_costs_nobody_trust() -> None:
 
 def test_a_copy_that_gets_no_ticket_soon_is_given_up() -> None:
     world = World(4, FLEET)
+    world.now = 100.0
     world.submit(insured())
     while not copies(world):
         assert world.step()
@@ -181,10 +222,11 @@ def test_a_copy_that_gets_no_ticket_soon_is_given_up() -> None:
     world.now += 2.0
     world.route(Tick())
     assert not copies(world)
+    assert world.router.live["r"].backup.buddy is None
     ends_well(world, insured())
 
 
-@pytest.mark.parametrize("trouble", ["buddy full", "buddy busy", "source busy", "queue"])
+@pytest.mark.parametrize("trouble", ["buddy full", "buddy busy", "source busy", "queue", "somebody waits"])
 def test_while_there_is_no_room_nothing_is_copied(trouble: str) -> None:
     world = World(5, {"p0": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE})
     world.submit(insured())
@@ -203,6 +245,8 @@ def test_while_there_is_no_room_nothing_is_copied(trouble: str) -> None:
         world.router._limits = AdmissionLimits(room=RoomLimits(max_pending=0))
         world.submit(insured("other"))
         assert world.router.admission.queue
+    if trouble == "somebody waits":
+        world.router._attempts.waiting["other"] = LiveRequest(insured("other"), Timeline(0.0), 0.0, not_before=math.inf)
     run_until(world, 30)
     assert not checkpoints_of(world)
 
@@ -216,6 +260,34 @@ def test_copies_are_nobody_s_load_and_keep_no_worker_from_leaving() -> None:
     buddy = copy.pair[1]
     assert buddy not in world.router.loads()
     assert not world.router.is_needed(buddy)
-    assert world.router.stats().running == 1
+    assert world.router.stats(0.0).running == 1
     world.leave(buddy)
+    ends_well(world, insured())
+
+
+def test_a_stream_that_moves_while_a_copy_is_under_way_is_copied_again() -> None:
+    world = World(7, FLEET | {"d2": Role.DECODE})
+    world.submit(insured())
+    while not copies(world):
+        assert world.step()
+    live = world.router.live["r"]
+    world.leave(live.route.decode)
+    assert (live.attempt, copies(world)) == (2, [])
+    while not copies(world):
+        assert world.step()
+    assert live.attempt == 2
+    ends_well(world, insured())
+
+
+def test_a_copy_that_fails_is_not_repeated_at_once() -> None:
+    world = World(3, FLEET)
+    world.submit(insured())
+    while not copies(world):
+        assert world.step()
+    [copy] = copies(world)
+    live, begun = world.router.live["r"], world.router.live["r"].num_tokens
+    world.route(RequestFailed(copy.pair[0], copy.attempt_id, "engine_failed", "out of memory"))
+    while not copies(world):
+        assert world.step()
+    assert live.num_tokens >= begun + EVERY
     ends_well(world, insured())

@@ -104,13 +104,29 @@ def test_a_failed_step_fails_those_to_blame_on_any_rank_and_repeats_the_rest() -
         serve(policy, name, prompt)
     *_, run = step(policy, 50)
     assert rows(run) == [("a", 0), ("c", 0), ("b", 1)]
-    assert policy.handle(on.AbortRequested("b"), now=1.0) == []  # in the running step: later
+    assert policy.handle(on.AbortRequested("b"), now=1.0) == [do.DropRow("b")]  # in the running step: later
     actions = policy.handle(on.StepFailed("engine_corrupt", "not finite", ("c",)), now=1.0)
     assert [type(action).__name__ for action in actions] == ["SendFailure", "ForgetRequest", "ForgetRequest", "RunStep"]
     assert rows(actions[-1]) == [("a", 0)]
     actions = policy.handle(on.StepFailed("engine_failed", "everything"), now=1.0)
     assert [type(action).__name__ for action in actions] == ["SendFailure", "ForgetRequest"]
     assert policy.idle
+
+
+def test_a_row_is_dropped_on_its_rank_and_the_common_step_goes_on() -> None:
+    policy = make_policy()
+    for name, prompt in (("a", range(1, 6)), ("b", range(11, 17)), ("c", range(21, 24))):
+        serve(policy, name, prompt)
+    *_, run = step(policy, 50)
+    assert rows(run) == [("a", 0), ("b", 1), ("c", 1)]
+    assert policy.handle(on.AbortRequested("b"), now=1.0) == [do.DropRow("b")]
+    assert policy.handle(on.RowsDropped(("b",)), now=1.0) == [do.ForgetRequest("b")]
+    policy.check_integrity()
+    assert "b" not in policy.request_ids
+    before = policy.rates.prefill_rate
+    *_, run = policy.handle(on.StepFinished((SampledToken(51), None, None), seconds=0.5), now=1.0)
+    assert rows(run) == [("a", 0), ("c", 1)]
+    assert (policy.stats().rows_dropped, policy.rates.prefill_rate) == (1, before)
 
 
 def test_a_block_is_here_as_long_as_one_rank_has_it() -> None:

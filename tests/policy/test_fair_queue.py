@@ -63,7 +63,7 @@ def test_it_gives_whenever_it_has_and_everything_once(arrivals: list[tuple[str, 
             left.add(f"r{number}")
     order = drain(waiting)
     assert sorted(order) == sorted(left)
-    assert (len(waiting), waiting.prompt_tokens, waiting.num_tenants) == (0, 0, 0)
+    assert (len(waiting), waiting.prompt_tokens, waiting.backlogged()) == (0, 0, [])
 
 
 @pytest.mark.fault(56)
@@ -131,6 +131,24 @@ def test_memory_is_that_of_what_waits() -> None:
     assert waiting.num_tenants <= MAX_IDLE_TENANTS + 1
 
 
+@pytest.mark.fault(56)
+def test_it_is_remembered_whose_turn_it_was_when_the_queue_ran_empty() -> None:
+    """One of the flood always waits, and its name comes first: it must not go first each time."""
+    waiting = queue()
+    for number in range(0, 20, 2):
+        waiting.push(request(number, "flood", 50), 0.0)
+        waiting.push(request(number + 1, "victim", 5), 0.0)
+        order = drain(waiting)
+        assert number == 0 or order == [f"r{number + 1}", f"r{number}"]
+
+
+def test_of_equals_the_one_that_came_first_goes_first() -> None:
+    waiting = queue()
+    for number, tenant in ((2, "c"), (1, "a"), (0, "b")):
+        waiting.push(request(number, tenant), 0.0)
+    assert drain(waiting) == ["r2", "r1", "r0"]
+
+
 def test_a_request_waits_once() -> None:
     waiting = queue()
     waiting.push(request(0), 0.0)
@@ -143,3 +161,15 @@ def test_oldest_first() -> None:
     for number in range(4):
         waiting.push(request(number, priority=-number), float(number))
     assert [entry.request_id for entry in waiting.older_than(2.0)] == ["r0", "r1"]
+
+
+def test_a_tenant_that_is_ahead_is_not_forgiven_for_having_an_empty_queue() -> None:
+    waiting = queue()
+    waiting.push(request(0, "a", cost=50), 0.0)
+    for number in range(10, 25):
+        waiting.push(request(number, "b", cost=10), 0.0)
+    waiting.take("r0")
+    waiting.take("r10")
+    waiting.push(request(9, "a", cost=2), 0.0)
+    order = drain(waiting)
+    assert 6 <= order.index("r9") < len(order) - 1  # b has twice its weight, and gets 100 before a's next one

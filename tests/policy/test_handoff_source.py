@@ -51,6 +51,14 @@ def policy_of(block_size: int, chunk: int) -> WorkerPolicy:
     return WorkerPolicy(replace(LAYOUT, block_size=block_size), BlockPool(300, block_size), limits, (0,))
 
 
+def test_who_is_sent_is_not_preempted() -> None:
+    policy = policy_of(16, 64)
+    request = request_of(20)
+    policy.handle(on.PrefillRequested(request, claims_for(request, LAYOUT)), now=0.0)
+    [sequence] = policy.scheduler.running
+    assert sequence.pinned
+
+
 def pieces(policy: WorkerPolicy, event: on.WorkerEvent) -> list[range]:
     """The tokens of each push until the hand-off is closed."""
     found: list[range] = []

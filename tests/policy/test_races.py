@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from world import World
 
-from diptych.core.events import RequestFailed
+from diptych.core.events import RequestFailed, Tick
 from diptych.core.fleet import Role
 from diptych.core.request import Preference, Request, SamplingParams
+from diptych.policy.admission import AdmissionLimits
+from diptych.policy.saturation import RoomLimits
 
 FLEET = {"p0": Role.PREFILL, "p1": Role.PREFILL, "p2": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE}
 PROMPT = tuple(range(1, 41))
@@ -68,7 +70,7 @@ def test_rivals_are_loads_until_they_have_lost_and_no_streams_of_their_own() -> 
     world.submit(raced())
     loads = world.router.loads()
     assert sorted(load.prefill_tokens for load in loads.values() if load.prefill_tokens) == [len(PROMPT)] * 2
-    assert world.router.stats().running == 1
+    assert world.router.stats(0.0).running == 1
     while not world.tokens["r"]:
         assert world.step()
     assert sum(load.sequences for load in world.router.loads().values()) == 1
@@ -117,6 +119,57 @@ def test_a_rival_that_fails_is_out_of_the_race() -> None:
     world.route(RequestFailed(runners(world)["r~race1"], "r~race1", "engine_failed", "out of memory"))
     assert list(runners(world)) == ["r"]
     assert len(world.router.health.workers) == 1  # it is remembered, as of any attempt
+    own = world.router.live["r"]
+    world.route(RequestFailed(own.prefiller, "r", "engine_failed", "out of memory"))
+    assert own.attempt_id == "r~2"  # nobody is left to take its place
+    ends_well(world, raced())
+
+
+def test_a_rival_whose_worker_dies_is_out_of_the_race() -> None:
+    world = World(0, FLEET)
+    world.submit(raced())
+    world.kill(runners(world)["r~race1"], back=False)
+    live = world.router.live["r"]
+    assert not live.rivals
+    world.kill(live.prefiller, back=False)
+    assert live.attempt_id == "r~2"
+    ends_well(world, raced())
+
+
+def test_of_three_the_second_takes_the_first_s_place_and_the_third_goes_on() -> None:
+    world = World(0, FLEET)
+    world.submit(raced(race=3))
+    live = world.router.live["r"]
+    second, third = live.rivals
+    world.route(RequestFailed(live.prefiller, "r", "engine_failed", "out of memory"))
+    assert (live.attempt_id, live.rivals) == (second.attempt_id, [third])
+    assert sorted(runners(world)) == ["r~race1", "r~race2"]
+    while not world.tokens["r"]:
+        assert world.step()
+    assert len(runners(world)) == 1
+    ends_well(world, raced())
+    assert world.router.retried == 0
+
+
+def test_a_rival_needs_room_like_any_other() -> None:
+    world = World(0, FLEET)
+    world.router._limits = AdmissionLimits(room=RoomLimits(max_pending=1))
+    for name in ("a", "b"):
+        world.submit(raced(name, race=1))
+    world.submit(raced())
+    assert sorted(runners(world)) == ["a", "b", "r"]  # no prefill worker is left
+    world.run()
+    for name in ("a", "b"):
+        world.check_answered(raced(name, race=1))
+    ends_well(world, raced())
+
+
+def test_a_race_has_no_deadline_of_its_own() -> None:
+    world = World(0, FLEET)
+    world.submit(raced())
+    world.now += 30.0
+    world.route(Tick())
+    assert sorted(runners(world)) == ["r", "r~race1"]
     ends_well(world, raced())
 
 

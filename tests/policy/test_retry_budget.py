@@ -43,3 +43,10 @@ def test_waits_double_and_are_jittered_the_same_way_each_time(request_id: str, r
 def test_the_first_repetition_goes_at_once_and_requests_do_not_go_in_step() -> None:
     assert wait_before_retry("r", 1) == 0.0
     assert len({wait_before_retry(f"r{number}", 3) for number in range(100)}) == 100
+
+
+@pytest.mark.parametrize(("retry", "longest"), [(2, 0.5), (3, 1.0), (4, 2.0), (5, 4.0), (6, 5.0), (60, 5.0)])
+def test_waits_are_spread_over_the_upper_half_of_their_size(retry: int, longest: float) -> None:
+    waits = [wait_before_retry(f"r{number}", retry) for number in range(500)]
+    assert longest / 2 <= min(waits) < 0.52 * longest
+    assert 0.98 * longest < max(waits) <= longest

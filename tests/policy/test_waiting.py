@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from world import World
@@ -17,7 +18,7 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import Role, WorkerState, WorkerView
+from diptych.core.fleet import Role, WorkerState, WorkerStats, WorkerView
 from diptych.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenOutput
 from diptych.engine.scripted import expected_tokens
 from diptych.policy.admission import AdmissionLimits, TenantLimits
@@ -64,6 +65,33 @@ def test_tenants_take_turns_however_many_requests_one_of_them_sends() -> None:
     assert order == ["a0", "b0", "a1", "b1", "a2", "a3"] or order == ["a0", "a1", "b0", "a2", "b1", "a3"]
 
 
+@pytest.mark.fault(56)
+def test_a_tenant_with_enough_at_the_worker_holds_nobody_else_back() -> None:
+    policy = router(room=RoomLimits(backlog_tokens=1, backlog_seconds=0.0))
+    assert started(submit(policy, "a0", "a1", "a2")) == ["a0"]
+    assert started(submit(policy, "b0", "b1")) == ["b0"]
+    assert started(first_token(policy, "b0")) == ["b1"], "its own first token makes room for it, whoever else waits"
+    assert started(first_token(policy, "a0")) == ["a1"]
+
+
+@pytest.mark.fault(56)
+def test_nobody_overtakes_a_request_for_which_there_are_no_blocks() -> None:
+    """Else small ones of others could take every block that becomes free, for ever."""
+    policy = router(room=RoomLimits())
+    big = replace(request("a0", "a"), prompt_token_ids=(1,) * 15_000)
+    full = replace(WORKER, stats=WorkerStats(blocks_used=500))
+    policy.handle(WorkerUpdated(full), 0.0)
+    assert started(policy.handle(RequestSubmitted(big), 0.0)) == []
+    assert started(submit(policy, "b0")) == []
+    assert started(policy.handle(WorkerUpdated(WORKER), 0.0)) == ["a0", "b0"]
+
+
+def test_workers_are_told_the_weight_of_a_tenant() -> None:
+    policy = router(room=RoomLimits(), tenants={"a": TenantLimits(weight=2.5)})
+    orders = [action for action in submit(policy, "a0", "b0") if isinstance(action, StartLocal)]
+    assert [order.request.weight for order in orders] == [2.5, 1.0]
+
+
 def test_waiting_counts_as_queueing() -> None:
     policy = router()
     submit(policy, "a0", "a1")
@@ -89,7 +117,7 @@ def test_a_request_that_fails_for_good_leaves_the_books_and_its_place() -> None:
     actions = policy.handle(RequestFailed("m0", "a0", "engine_corrupt", "not finite"), 0.0)
     assert [type(action) for action in actions] == [DeliverFailure, StartLocal]
     policy.handle(RequestFailed("m0", "a1", "engine_corrupt", "not finite"), 0.0)
-    assert (policy.live, policy.stats().waiting, policy.admission._usage) == ({}, 0, {})
+    assert (policy.live, policy.stats(0.0).waiting, policy.admission._usage) == ({}, 0, {})
 
 
 @pytest.mark.fault(33)

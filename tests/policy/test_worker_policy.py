@@ -79,9 +79,70 @@ def test_a_stop_token_ends_the_request_at_once() -> None:
 def test_an_abort_waits_for_the_running_step() -> None:
     policy = make_policy()
     policy.handle(on.ServeRequested(make_request()), now=0.0)
-    assert policy.handle(on.AbortRequested("r"), now=0.1) == []
+    assert policy.handle(on.AbortRequested("r"), now=0.1) == [do.DropRow("r")]
     assert policy.pool.num_used > 0
     assert "ForgetRequest" in kinds(step(policy, 50))
+    assert policy.pool.num_used == 0
+
+
+def test_a_row_that_the_engine_has_dropped_gives_its_blocks_back_while_the_step_goes_on() -> None:
+    policy = make_policy()
+    policy.handle(on.ServeRequested(make_request("first", num_tokens=1, max_tokens=9)), now=0.0)
+    for name in "ab":
+        policy.handle(on.ServeRequested(make_request(name, num_tokens=3)), now=0.0)
+    run = step(policy, 50)[-1]
+    assert isinstance(run, do.RunStep)
+    assert [row.sequence.request_id for row in run.batch.rows] == ["first", "a", "b"]
+    assert policy.handle(on.AbortRequested("a"), now=1.0) == [do.DropRow("a")]
+    assert policy.pool.num_used == 3
+    assert policy.handle(on.RowsDropped(("a",)), now=1.1) == [do.ForgetRequest("a")]
+    assert policy.pool.num_used == 2
+    policy.check_integrity()
+    assert not policy.knows("a")
+    rate = policy.stats().prefill_rate
+    first, tokens, run = step(policy, 51, None, 60)
+    assert isinstance(first, do.SendFirstToken)
+    assert first.output.request_id == "b"
+    assert isinstance(tokens, do.SendTokens)
+    assert [output.request_id for output in tokens.outputs] == ["first"]
+    assert isinstance(run, do.RunStep)
+    assert [row.sequence.request_id for row in run.batch.rows] == ["first", "b"]
+    assert (policy.stats().rows_dropped, policy.stats().prefill_rate) == (1, rate)
+    policy.check_integrity()
+
+
+def test_blocks_of_a_dropped_row_can_be_granted_before_the_step_is_over() -> None:
+    policy = make_policy(num_blocks=4)
+    policy.handle(on.ServeRequested(make_request("a", num_tokens=7)), now=0.0)
+    policy.handle(on.ReserveRequested(make_request("b", num_tokens=13)), now=0.0)
+    policy.handle(on.AbortRequested("a"), now=1.0)
+    forget, grant = policy.handle(on.RowsDropped(("a",)), now=1.1)
+    assert forget == do.ForgetRequest("a")
+    assert isinstance(grant, do.GrantTicket)
+    assert step(policy, None) == []
+    policy.check_integrity()
+    assert policy.pool.num_cached == 0, "nothing of it was computed to the end"
+
+
+def test_a_failed_step_does_not_fail_whom_it_has_dropped() -> None:
+    policy = make_policy()
+    policy.handle(on.ServeRequested(make_request("a")), now=0.0)
+    policy.handle(on.AbortRequested("a"), now=1.0)
+    policy.handle(on.RowsDropped(("a",)), now=1.1)
+    assert policy.handle(on.StepFailed("engine_failed", "why"), now=1.2) == []
+    assert policy.idle
+
+
+def test_pages_of_a_prefill_that_was_dropped_are_abandoned() -> None:
+    policy = make_policy()
+    request = make_request(num_tokens=6)
+    policy.handle(on.PrefillRequested(request, claims_for(request, (7, 8))), now=0.0)
+    assert policy.handle(on.AbortRequested("r"), now=0.1) == [do.DropRow("r")]
+    assert kinds(policy.handle(on.RowsDropped(("r",)), now=0.2)) == ["AbandonPush", "ForgetRequest"]
+    assert step(policy, None) == []
+    assert policy.pool.num_used == 2
+    policy.handle(on.PushStopped("r"), now=0.3)
+    assert policy.idle
     assert policy.pool.num_used == 0
 
 
@@ -119,7 +180,7 @@ def test_a_lost_link_is_heard_after_the_step() -> None:
     policy = make_policy()
     request = make_request()
     policy.handle(on.PrefillRequested(request, claims_for(request, (7, 8))), now=0.0)
-    assert policy.handle(on.LinkLost("d0", ("r",)), now=0.5) == []
+    assert policy.handle(on.LinkLost("d0", ("r",)), now=0.5) == [do.DropRow("r")]
     actions = step(policy, 50)
     assert do.SendFailure("r", "transfer_failed", "the data connection to worker d0 broke") in actions
     assert "AbandonPush" in kinds(actions)
@@ -145,6 +206,31 @@ def test_a_reservation_waits_for_room_and_is_granted_when_there_is() -> None:
     [grant] = policy.handle(on.WriterGone("a"), now=2.0)
     assert isinstance(grant, do.GrantTicket)
     assert grant.request.request_id == "b"
+
+
+def test_a_reservation_that_is_aborted_leaves_the_queue_and_no_other_does() -> None:
+    policy = make_policy(num_blocks=4)
+    for name, num_tokens in (("a", 12), ("b", 15), ("c", 8)):
+        policy.handle(on.ReserveRequested(make_request(name, num_tokens=num_tokens)), now=0.0)
+    assert policy.stats().waiting == 2
+    assert kinds(policy.handle(on.AbortRequested("b"), now=0.0)) == ["ForgetRequest"]
+    assert policy.stats().waiting == 1
+    policy.handle(on.AbortRequested("a"), now=0.0)
+    [grant] = policy.handle(on.WriterGone("a"), now=0.0)
+    assert isinstance(grant, do.GrantTicket)
+    assert grant.request.request_id == "c"
+
+
+def test_no_more_hand_offs_are_taken_than_sequences_may_run() -> None:
+    policy = make_policy()
+    names = [f"r{number}" for number in range(5)]
+    granted = [policy.handle(on.ReserveRequested(make_request(name)), now=0.0) for name in names]
+    assert [kinds(actions) for actions in granted] == [["GrantTicket"]] * 4 + [[]]
+    assert policy.stats().waiting == 1
+    policy.handle(on.HandoffComplete("r0", SampledToken(5)), now=0.0)  # runs now, and counts still
+    assert policy.stats().waiting == 1
+    policy.handle(on.AbortRequested("r1"), now=0.0)
+    assert kinds(policy.handle(on.WriterGone("r1"), now=0.0)) == ["GrantTicket"]
 
 
 @pytest.mark.fault(41, 42)

@@ -64,6 +64,7 @@ def test_cancelled_requests_leave_nothing_behind_and_disturb_nobody(seed: int) -
     world.run()
     assert not world.errors
     assert cancelled
+    assert world.num_dropped
     for request in requests:
         right = right_answer(request)
         got = world.tokens[request.request_id]

@@ -26,6 +26,7 @@ from diptych.policy.data_parallel import DataParallelPolicy
 from diptych.policy.dispatch import RouterPolicy
 from diptych.policy.routing import Routing
 from diptych.policy.worker import WorkerPolicy
+from diptych.sim.unwanted import PlannedUnwanted
 
 MODEL = ScriptedModel(block_size=4, max_model_len=256)
 
@@ -41,6 +42,7 @@ class WorldWorker:
         self.ranks = [self.make_rank(data_rank) for data_rank in range(self.layout.data_parallel)]
         self.policy = self.ranks[0] if len(self.ranks) == 1 else DataParallelPolicy(self.ranks)
         self.tickets: dict[str, TicketClaims] = {}
+        self.unwanted: set[str] = set()  # rows of the running step
         self.pushing: dict[str, str] = {}  # request -> target
         self.writers: dict[str, str] = {}  # request -> source
 
@@ -71,7 +73,10 @@ class WorldWorker:
         me, world = self.worker_id, self.world
         match action:
             case do.RunStep():
+                self.unwanted = set()
                 world.send(me, "engine " + me, lambda: self.step(action))
+            case do.DropRow(request_id):
+                self.unwanted.add(request_id)
             case do.SendFirstToken(output, cached, queue_seconds, prefill_seconds):
                 world.cached[output.request_id] = cached
                 event = on.FirstTokenMade(me, output, cached, queue_seconds, prefill_seconds)
@@ -98,11 +103,20 @@ class WorldWorker:
                 pass
 
     def step(self, run: do.RunStep) -> None:
+        dropped: set[str] = set()
+
         def on_layer(layer: int) -> None:
             for push in run.pushes:
-                self.push(push, layer)
+                if push.request_id not in dropped:
+                    self.push(push, layer)
 
-        samples = self.engine.step(run.batch, on_layer)
+        def let_go(request_ids: tuple[str, ...]) -> None:
+            dropped.update(request_ids)
+            self.world.num_dropped += len(request_ids)
+            self.handle(on.RowsDropped(request_ids))
+
+        questions = self.world.random.randrange(self.layout.num_layers + 1) if self.unwanted else 0
+        samples = self.engine.step(run.batch, on_layer, PlannedUnwanted(self.unwanted, questions, let_go))
         self.handle(on.StepFinished(tuple(samples), seconds=0.01))
 
     def grant(self, grant: do.GrantTicket) -> None:
@@ -173,6 +187,7 @@ class World:
         self.errors: dict[str, DiptychError] = {}
         self.routes: dict[str, str] = {}
         self.cached: dict[str, int] = {}  # by attempt: what its prefill worker had cached
+        self.num_dropped = 0  # rows, out of running steps
         self.dead: set[str] = set()
         self.leaving: set[str] = set()
         cuts = models or {}

@@ -34,6 +34,7 @@ def test_no_history_violates_an_invariant(first: int) -> None:
     assert tally.violations == []
     assert tally.faults
     assert tally.handoffs
+    assert tally.rows_dropped
     assert tally.retried
 
 

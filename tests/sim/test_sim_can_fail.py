@@ -68,4 +68,4 @@ def test_a_mistake_is_found(mistake: Callable[[pytest.MonkeyPatch], None], found
     with pytest.MonkeyPatch.context() as patch:
         mistake(patch)
         violations = (World(draw(seed)).run().violation for seed in range(MOST))
-        assert found in next(violation for violation in violations if violation is not None)
+        assert any(found in violation for violation in violations if violation is not None)

@@ -59,7 +59,7 @@ class Both:
 
     def pages(self, request_id, writer, epoch, page):
         layer, block = page
-        frame = frames.Pages(request_id, NONCE, epoch, layer, 0, block, bytes(DIGEST_BYTES), 0)
+        frame = frames.Pages(request_id, NONCE, epoch, layer, 1, 0, block, bytes(DIGEST_BYTES), 0)
         real = self.real.enter(frame, writer)
         model = self.model.find(request_id, NONCE, epoch, writer)
         wanted, ending = real is not None and real.wanted, None
@@ -83,7 +83,7 @@ class Both:
     def fail(self, request_id, writer, epoch, page):
         """Of a page that is wrong; its frame is done with, all the same."""
         layer, block = page
-        frame = frames.Pages(request_id, NONCE, epoch, layer, 0, block, bytes(DIGEST_BYTES), 0)
+        frame = frames.Pages(request_id, NONCE, epoch, layer, 1, 0, block, bytes(DIGEST_BYTES), 0)
         real = self.real.enter(frame, writer)
         model = self.model.find(request_id, NONCE, epoch, writer)
         if real is None or model is None:

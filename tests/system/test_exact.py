@@ -6,9 +6,11 @@ prefix-cache hits, chunked prefill, preemption; all of them with at least eight 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,12 +132,18 @@ def ask(case: Case, server: Server, prefer: str) -> Answers:
     return Answers(greedy, sampled, server.metric("diptych_worker_preemptions") - before)
 
 
-def check(case: Case, checkpoint: Path, split: Answers, local: Answers) -> None:
+@contextlib.contextmanager
+def reference(case: Case, checkpoint: Path) -> Iterator[Future[list[list[int]]]]:
+    """The right answers, computed while a server starts and is asked."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(by_transformers, checkpoint, prompts_of(case), case.max_tokens)
+
+
+def check(case: Case, expected: list[list[int]], split: Answers, local: Answers) -> None:
     """Both routes were taken, and made no difference to each other or to `transformers`."""
     pair = f"prefill=prefill-0;decode=decode-0;transport={case.transport}"
     assert {answer.route for answer in split.greedy + split.sampled} == {pair}
     assert {answer.route for answer in local.greedy + local.sampled} == {"local=decode-0"}
-    expected = by_transformers(checkpoint, prompts_of(case), case.max_tokens)
     assert tokens(split.greedy) == expected
     assert tokens(local.greedy) == expected
     assert tokens(split.sampled) == tokens(local.sampled) != expected[::5]
@@ -157,9 +165,12 @@ def flags_of(case: Case, checkpoint: Path) -> tuple[str, ...]:
 
 def test_with_prefix_cache_hits(directory: Path) -> None:
     checkpoint = make_checkpoint(PREFIX_HITS.family, directory)
-    with serving(*flags_of(PREFIX_HITS, checkpoint)) as server:
+    with (
+        reference(PREFIX_HITS, checkpoint) as right,
+        serving(*flags_of(PREFIX_HITS, checkpoint)) as server,
+    ):
         split, local, again = (ask(PREFIX_HITS, server, prefer) for prefer in ("split", "local", "split"))
-    check(PREFIX_HITS, checkpoint, split, local)
+    check(PREFIX_HITS, right.result(), split, local)
     assert tokens(again.greedy) == tokens(split.greedy)
     size = PREFIX_HITS.block_size
     all_but_the_end = [(len(prompt) - 1) // size * size for prompt in prompts_of(PREFIX_HITS)]
@@ -169,32 +180,32 @@ def test_with_prefix_cache_hits(directory: Path) -> None:
 
 def test_with_chunked_prefill(directory: Path) -> None:
     checkpoint = make_checkpoint(CHUNKED.family, directory)
-    with serving(*flags_of(CHUNKED, checkpoint)) as server:
+    with reference(CHUNKED, checkpoint) as right, serving(*flags_of(CHUNKED, checkpoint)) as server:
         split, local = (ask(CHUNKED, server, prefer) for prefer in ("split", "local"))
-    check(CHUNKED, checkpoint, split, local)
+    check(CHUNKED, right.result(), split, local)
     assert not any(answer.cached_tokens for answer in split.greedy + local.greedy)
 
 
 def test_with_preemption(directory: Path) -> None:
     checkpoint = make_checkpoint(PREEMPTED.family, directory)
-    with serving(*flags_of(PREEMPTED, checkpoint)) as server:
+    with reference(PREEMPTED, checkpoint) as right, serving(*flags_of(PREEMPTED, checkpoint)) as server:
         split, local = (ask(PREEMPTED, server, prefer) for prefer in ("split", "local"))
-    check(PREEMPTED, checkpoint, split, local)
+    check(PREEMPTED, right.result(), split, local)
     assert min(split.preemptions, local.preemptions) > 0
 
 
 def test_with_eviction(directory: Path) -> None:
     checkpoint = make_checkpoint(EVICTED.family, directory)
-    with serving(*flags_of(EVICTED, checkpoint)) as server:
+    with reference(EVICTED, checkpoint) as right, serving(*flags_of(EVICTED, checkpoint)) as server:
         split, local = (ask(EVICTED, server, prefer) for prefer in ("split", "local"))
         cached_blocks = sum(worker["kv_blocks_cached"] for worker in server.fleet().values())
-    check(EVICTED, checkpoint, split, local)
+    check(EVICTED, right.result(), split, local)
     assert cached_blocks * EVICTED.block_size < sum(map(len, prompts_of(EVICTED)))
     assert any(answer.cached_tokens for answer in split.greedy)
 
 
 def test_with_experts(directory: Path) -> None:
     checkpoint = make_checkpoint(SPARSE.family, directory)
-    with serving(*flags_of(SPARSE, checkpoint)) as server:
+    with reference(SPARSE, checkpoint) as right, serving(*flags_of(SPARSE, checkpoint)) as server:
         split, local = (ask(SPARSE, server, prefer) for prefer in ("split", "local"))
-    check(SPARSE, checkpoint, split, local)
+    check(SPARSE, right.result(), split, local)

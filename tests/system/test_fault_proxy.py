@@ -12,6 +12,7 @@ from diptych.bench.faults.runner import Outcome, run_all
 from diptych.chaos.proxy import Fault, Spoil
 
 SLICE = (
+    "control (tls): black hole down",
     "control (tls): partition both for 3 s",
     "data: flip up at byte 3000",
     "data: reorder up at byte 4500",

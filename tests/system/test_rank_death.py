@@ -35,13 +35,15 @@ def test_death_of_a_rank_costs_its_streams_a_pause(tmp_path: Path) -> None:
             token_ids += stream.token_ids
         assert (token_ids, stream.done) == (right, True)
 
-        def is_back() -> bool:
+        def is_back(life: int) -> bool:
             worker = server.fleet()["decode-0"]
-            return (worker["state"], worker["epoch"]) == ("ready", epoch + 1)
+            return (worker["state"], worker["epoch"]) == ("ready", life)
 
-        soon(is_back, "it comes back", within=60)
+        soon(lambda: is_back(epoch + 1), "it comes back", within=60)
         soon(lambda: is_idle(server), "all blocks are given back")
         assert not set(ranks) & set(rank_processes(server, "decode-0"))
         soon(lambda: server.http.get("/ready").status_code == 200, "it is trusted again")
         answer = server.complete(PROMPT, "split", max_tokens=MAX_TOKENS)
         assert (answer.token_ids, answer.route) == (right, "prefill=prefill-0;decode=decode-0;transport=shm")
+        os.kill(rank_processes(server, "decode-0")[0], signal.SIGKILL)
+        soon(lambda: is_back(epoch + 2), "a worker that had nothing to do comes back, too", within=60)

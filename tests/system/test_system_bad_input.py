@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from diptych.engine.scripted import expected_tokens
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CONTEXT = 4096
 PROMPT = list(b"a long story")
-STORY_TOKENS = 2000  # takes the scripted engine longer than all the rest of this test
+STORY_TOKENS = 3900  # takes the scripted engine longer than all the rest of this test
+HEARD_TOKENS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +162,8 @@ def test_nobody_is_harmed(server: Server) -> None:
         fleet = server.fleet()
         assert [worker["running"] for worker in fleet.values()] == [1, 0]  # decode-0, prefill-0
         assert fleet["prefill-0"]["kv_blocks_used"] == 0
-        token_ids += story.token_ids
-    assert story.done
-    assert token_ids == expected_tokens(PROMPT, STORY_TOKENS)
+        token_ids += islice(story.token_ids, HEARD_TOKENS)
+    assert token_ids == expected_tokens(PROMPT, STORY_TOKENS)[: len(token_ids)]
     soon(lambda: is_idle(server), "all blocks are given back")
 
 

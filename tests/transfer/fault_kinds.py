@@ -35,7 +35,7 @@ def spoiled_by_writer(fault: Fault) -> Callable[[Rig], None]:
         switch = rig.switches[-1]
         switch.arm({rig.dice.randrange(num_pieces): fault}, rig.dice.getrandbits(32))
         for layer in range(claims.layout.num_layers):
-            rig.link.push(claims.request_id, claims, plan, layer)
+            rig.link.push(claims.request_id, claims, plan, [layer])
         rig.link.close_handoff(claims.request_id, claims, TOKEN)
         outcome = made.at_source.next()
         switch.faulty = None
@@ -168,7 +168,7 @@ def out_of_place(rig: Rig) -> None:
     """A layer, pair or group that nobody asked for."""
     request, sendables = begun(rig)
     victim = rig.dice.choice(sendables)
-    field = rig.dice.choice(("layer", "pair", "first_group"))
+    field = rig.dice.choice(("layer", "num_layers", "pair", "first_group"))
     wrong = rig.dice.choice((-1, -(2**62), 2**31, 2**62, 1000))
     rig.raw.announce(replace(victim, frame=with_fields(victim.frame, **{field: wrong})), victim.content)
     rejected(rig, request, "transfer_failed")

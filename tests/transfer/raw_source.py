@@ -47,10 +47,13 @@ class RawSource:
         self.connection: BlockingConnection[frames.FromTarget] = (
             endpoint.dial() if isinstance(endpoint, LocalEndpoint) else dial(endpoint.address, key, frames.FromTarget)
         )
+        self.joined = False  # by leave of the target
         self.sent: dict[bytes, int] = {}  # frames of pages, by nonce
         if joins is not None:
             self.sent, self.welcome = joins.sent, joins.welcome
             self.connection.send(frames.Join(joins.welcome.link))
+            with contextlib.suppress(ConnectionError):
+                self.joined = self.connection.receive(20) == frames.Joined()
             return
         layout = world.source.layout if layout is None else layout
         self.connection.send(frames.PushHello(WIRE_VERSION, "prefill-1", layout, "model", False))
@@ -69,13 +72,13 @@ class RawSource:
         cut = PlanPieces(plan, self._world.source.layout, claims)
         found = []
         for layer in range(claims.layout.num_layers):
-            for pair, transfer, pieces in cut.of_layer(layer):
+            for pair, [transfer], pieces in cut.of_layers([layer]):
                 for index in range(len(pieces)):
                     piece = pieces[index]
                     source = self._world.sources[transfer.source_rank].layer(layer)
                     content = b"".join(piece.source.views(source))
                     digests = unit_digests([memoryview(content)], piece.unit_ends)
-                    about = (claims.request_id, claims.nonce, claims.epoch, layer, pair, piece.first_group, digests)
+                    about = (claims.request_id, claims.nonce, claims.epoch, layer, 1, pair, piece.first_group, digests)
                     frame = frames.Pages(*about, 0 if self.mapped else len(content))
                     found.append(Sendable(frame, transfer, piece, content))
         return found

@@ -125,7 +125,7 @@ def push(made: World, case: Case, claims: TicketClaims) -> None:
     for tokens in chunks:
         plan = plan_resharding(case.source, case.target, tokens)
         for layer in range(claims.layout.num_layers):
-            link.push(claims.request_id, claims, plan, layer)
+            link.push(claims.request_id, claims, plan, [layer])
     link.close_handoff(claims.request_id, claims, TOKEN)
 
 
@@ -154,4 +154,5 @@ def test_any_layout_becomes_any_other(transport: str, case: Case, piece_bytes: i
         patch.setattr(pieces, "FRAME_BYTES", 3 * piece_bytes)
         for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
             patch.setattr(places, name, long_run)
+        patch.setattr(places, "FEW", 1)
         hand_over(case, transport, Path(directory))

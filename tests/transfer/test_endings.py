@@ -50,7 +50,7 @@ each_pair = pytest.mark.parametrize("layout", [LAYOUT, RESHARDED], ids=["equal",
 def push_layer(made: World, claims: TicketClaims, layer: int) -> None:
     source = SequenceKV(made.source.layout, claims.blocks)
     plan = plan_resharding(source, SequenceKV(LAYOUT, claims.blocks), range(claims.num_tokens))
-    made.links[0].push(claims.request_id, claims, plan, layer)
+    made.links[0].push(claims.request_id, claims, plan, [layer])
 
 
 def hand_over_another(made: World) -> None:

@@ -33,6 +33,7 @@ pages = st.builds(
     nonce=nonces,
     epoch=epochs,
     layer=numbers,
+    num_layers=numbers,
     pair=numbers,
     first_group=numbers,
     digests=st.one_of(st.binary(max_size=40), st.integers(0, 5).map(lambda count: bytes(8 * count))),

@@ -23,7 +23,7 @@ def begin(request_id: str = "r1", nonce: bytes = CLAIMS.nonce, epoch: int = EPOC
 
 
 def pages(layer: int = 0, first: int = 1, count: int = 1, pair: int = 0) -> frames.Pages:
-    return frames.Pages("r1", CLAIMS.nonce, EPOCH, layer, pair, first, bytes(DIGEST_BYTES * count), 0)
+    return frames.Pages("r1", CLAIMS.nonce, EPOCH, layer, 1, pair, first, bytes(DIGEST_BYTES * count), 0)
 
 
 def closing(num_frames: int) -> frames.Close:
@@ -61,6 +61,20 @@ def test_where_pages_belong() -> None:
     for fields in [*wrong, (0, 1, 1, 1), (0, 1, 1, -1)]:
         with pytest.raises(TransferError, match="not asked for"):
             expected.share(pages(*fields))
+    uneven = frames.Pages("r1", CLAIMS.nonce, EPOCH, 0, 2, 0, 1, bytes(DIGEST_BYTES * 3), 0)
+    with pytest.raises(TransferError, match="for each layer"):
+        expected.share(uneven)
+
+
+def test_what_is_remembered_of_frames_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.transfer.expected.MAX_KNOWN_UNITS", 4)
+    _, ticket = begun()
+    assert ticket.expected is not None
+    for first, count in ((1, 1), (1, 2), (1, 3), (2, 2), (3, 1), (2, 1)):
+        for _ in range(2):
+            share = ticket.expected.share(pages(0, first, count))
+            assert len(share.unit_ends) == count
+    assert sum(len(ends) for _, ends, _ in ticket.expected._parts.values()) == 4
 
 
 @given(data=st.data())
@@ -80,12 +94,33 @@ def test_complete_means_every_unit_of_every_layer(data: st.DataObject) -> None:
     assert book.counts["duplicate pages"] == 0
     if len(arrived) == len(everything):
         assert ending is Ending.COMPLETE
+        assert book.enter(pages(), WRITER) is ticket
+        assert not ticket.wanted  # what comes now must not be written
+        assert book.leave(ticket) is None
+        assert book.reported(ticket) is None
         assert book.enter(pages(), WRITER) is None  # used up
     else:
         assert ending is Ending.INCOMPLETE
+        assert book.reported(ticket) is not Ending.COMPLETE
         for layer, group in arrived:
             arrive(book, pages(layer, group))
         assert book.counts["duplicate pages"] == len(arrived)
+
+
+def test_nothing_ends_before_it_is_reported_what_came_of_it() -> None:
+    """Or a report about one ticket could be taken for one about the next of the same request."""
+    for whole in (True, False):
+        book, ticket = begun()
+        arrived = [(layer, group) for layer in range(LAYERS) for group in (1, 2, 3)][not whole :]
+        for layer, group in arrived:
+            arrive(book, pages(layer, group))
+        assert book.close(closing(len(arrived)), WRITER)[1] is (Ending.COMPLETE if whole else Ending.INCOMPLETE)
+        assert book.revoke("r1") == (ticket, WRITER)
+        assert book.stop(STOPPED, WRITER) == (ticket, None)
+        assert not ticket.released
+        assert book.reported(ticket) is Ending.STOPPED
+        assert ticket.released
+        assert book.revoke("r1") == (None, None)
 
 
 def test_nothing_ends_while_a_thread_is_at_work() -> None:
@@ -117,6 +152,9 @@ def test_one_of_revoker_and_writer_reports_the_end(gone: str) -> None:
     assert writer_goes(book) == [ticket]
     assert ticket.released  # so the writer's thread reports it
     assert writer_goes(book) == []
+    assert book.revoke("r1") == (None, None)  # nothing is left of it
+    with pytest.raises(TicketError, match="not known here"):
+        book.begin(begin(), OTHER, LAYOUT)
 
     book, ticket = begun()
     assert writer_goes(book) == [ticket]

@@ -44,7 +44,7 @@ class Handoff:
     def push(self, link: PushLink, layout: KVLayout, first: int, end: int, layer: int) -> None:
         blocks = (self.source_blocks[first:end], self.claims.blocks[first:end])
         plan = plan_transfer(layout, layout, *blocks, first_block=first)
-        link.push(self.claims.request_id, self.claims, plan, layer)
+        link.push(self.claims.request_id, self.claims, plan, [layer])
 
 
 @st.composite

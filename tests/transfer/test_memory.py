@@ -92,5 +92,5 @@ def test_nothing_leaves_its_layer(span: tuple[int, int]) -> None:
             MappedWriter([target]).write(LayerTransfer(0, 0, 0, ()), piece, source.layer(0), staged)
         piece = Piece(0, outside, inside, [outside.nbytes], None, None)
         with pytest.raises(TransferError, match="leave a layer"):
-            Stream().write(MappedWriter([target]), LayerTransfer(0, 0, 0, ()), [piece], source)
+            Stream().write(MappedWriter([target]), [LayerTransfer(0, 0, 0, ())], [piece], [source])
     assert not any(target.buffer)  # all or nothing

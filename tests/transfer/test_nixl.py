@@ -289,11 +289,11 @@ link = PushLink("decode-0", KVEndpoint(transport="nixl", address=sys.argv[2]), i
 plan = plan_transfer(LAYOUT, LAYOUT, claims.blocks, claims.blocks, first_block=0)
 if sys.argv[3] == "all layers":
     for layer in range(LAYOUT.num_layers):
-        link.push(claims.request_id, claims, plan, layer)
+        link.push(claims.request_id, claims, plan, [layer])
     link.close_handoff(claims.request_id, claims, TOKEN)
     print(inbox.next(), flush=True)
 else:
-    link.push(claims.request_id, claims, plan, 0)
+    link.push(claims.request_id, claims, plan, [0])
     link.close_handoff("no ticket", claims_for("no ticket", (1,)), TOKEN)  # turned away, after the push
     print("written", inbox.next(), flush=True)
     sys.stdin.read()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_any_layout import Case, cases
 
+from diptych.core.errors import TransferError
 from diptych.policy.digest_units import byte_runs, digest_units
 from diptych.policy.resharding import plan_resharding
 from diptych.transfer import frames, pieces, places
@@ -22,15 +23,16 @@ def every_byte(places: Places) -> list[int]:
 
 def cut(case: Case) -> list[PairPieces]:
     plan = plan_resharding(case.source, case.target, case.missing)
-    return [pair for _, _, pair in PlanPieces(plan, case.source.layout, case.claims("r1")).of_layer(0)]
+    return [pair for _, _, pair in PlanPieces(plan, case.source.layout, case.claims("r1")).of_layers([0])]
 
 
-@given(cases(), st.integers(1, 3000), st.sampled_from((1, 16, 64, 1 << 14)))
-def test_pieces_are_the_units_in_order(case: Case, piece_bytes: int, long_run: int) -> None:
+@given(cases(), st.integers(1, 3000), st.sampled_from((1, 16, 64, 1 << 14)), st.sampled_from((1, 8)))
+def test_pieces_are_the_units_in_order(case: Case, piece_bytes: int, long_run: int, few: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         for name in ("LONG_RUN_BYTES", "LONG_COPY_BYTES"):
             patch.setattr(places, name, long_run)
+        patch.setattr(places, "FEW", few)
         pairs = [[pair[index] for index in range(len(pair))] for pair in cut(case)]
     units = digest_units(case.source.layout, case.target.layout, case.missing)
     for pair in pairs:
@@ -78,8 +80,16 @@ def test_the_target_finds_the_same_places(case: Case, data: st.DataObject) -> No
     start = data.draw(st.integers(0, groups - 1))
     stop = data.draw(st.integers(start + 1, groups))
     layer = data.draw(st.integers(0, claims.layout.num_layers - 1))
+    stage = claims.layout.stage_of(layer)
+    alike = [later for later in range(layer, claims.layout.num_layers) if claims.layout.stage_of(later) == stage]
+    num_layers = data.draw(st.integers(1, len(alike)))
+    if layer + len(alike) < claims.layout.num_layers:  # the next one is on another rank
+        about = "r1", claims.nonce, claims.epoch, layer, len(alike) + 1, pair
+        with pytest.raises(TransferError, match="in one frame"):
+            expected.share(frames.Pages(*about, 0, bytes(8 * (len(alike) + 1)), 0))
     first = case.missing.start // max(case.source.layout.block_size, case.target.layout.block_size)
-    frame = frames.Pages("r1", claims.nonce, claims.epoch, layer, pair, first + start, bytes(8 * (stop - start)), 0)
+    about = "r1", claims.nonce, claims.epoch, layer, num_layers, pair
+    frame = frames.Pages(*about, first + start, bytes(8 * (stop - start) * num_layers), 0)
     share = expected.share(frame)
     wanted = units[pair * groups + start : pair * groups + stop]
     runs = [byte_runs(case.target, unit) for unit in wanted]
@@ -87,5 +97,27 @@ def test_the_target_finds_the_same_places(case: Case, data: st.DataObject) -> No
     lengths = [sum(length for _, length in run) for run in runs]
     assert share.unit_ends == [sum(lengths[: index + 1]) for index in range(len(lengths))]
     layout = claims.layout
-    assert layer in layout.layers_of(share.rank)
+    assert list(share.layers) == alike[:num_layers]
+    assert set(share.layers) <= set(layout.layers_of(share.rank))
     assert set(wanted[0].pair.heads) <= set(layout.heads_of(share.rank))
+
+
+@given(cases(), st.data())
+def test_layers_that_come_together_share_frames_of_one_rank(case: Case, data: st.DataObject) -> None:
+    """Each layer and pair once; never more than a frame's bytes, unless one layer has more."""
+    target = case.target.layout
+    layers = sorted(data.draw(st.sets(st.integers(0, target.num_layers - 1), min_size=1)))
+    frame_bytes = data.draw(st.sampled_from((1, 4096, 1 << 14, 1 << 20)))
+    plan = plan_resharding(case.source, case.target, case.missing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "FRAME_BYTES", frame_bytes)
+        found = list(PlanPieces(plan, case.source.layout, case.claims("r1")).of_layers(layers))
+    for _, transfers, cut in found:
+        run = [transfer.layer for transfer in transfers]
+        assert run == list(range(run[0], run[0] + len(run)))
+        assert len({transfer.target_rank for transfer in transfers}) == 1
+        assert len(run) == 1 or len(run) * cut.nbytes <= frame_bytes
+    moved = [(pair, transfer) for pair, transfers, _ in found for transfer in transfers]
+    wanted = [transfer for transfer in plan.layers if transfer.layer in layers]
+    assert sorted(transfer.layer for _, transfer in moved) == [transfer.layer for transfer in wanted]
+    assert {id(transfer) for _, transfer in moved} == {id(transfer) for transfer in wanted}

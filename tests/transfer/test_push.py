@@ -88,7 +88,7 @@ def test_chunks_layers_in_any_order_and_duplicates_arrive(transport: str, tmp_pa
         link = made.link()
         for first, end, layer in jobs:
             blocks = (source_blocks[first:end], target_blocks[first:end])
-            link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, *blocks, first_block=first), layer)
+            link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, *blocks, first_block=first), [layer])
         link.close_handoff("r1", claims, TOKEN)
         assert made.at_target.next() == HandoffComplete("r1", TOKEN)
         assert_arrived(made, source_blocks, target_blocks, 0)
@@ -168,7 +168,7 @@ def test_a_missing_layer_is_noticed(transport: str, tmp_path: Path) -> None:
         claims = claims_for("r1", (1, 2))
         made.receiver.expect(claims)
         link = made.link()
-        link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), 0)
+        link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), [0])
         link.close_handoff("r1", claims, TOKEN)
         assert isinstance(made.at_target.next(), HandoffFailed)
         assert isinstance(made.at_source.next(), PushRejected)
@@ -179,9 +179,9 @@ def test_an_abandoned_push_stops_and_tells_both_sides(tmp_path: Path) -> None:
         claims = claims_for("r1", (1, 2))
         made.receiver.expect(claims)
         link = made.link()
-        link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), 0)
+        link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), [0])
         link.abandon("r1", claims)
-        link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), 1)
+        link.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), [1])
         assert made.at_source.next() == PushStopped("r1")
         made.receiver.revoke("r1")
         events = [made.at_target.next()]
@@ -196,7 +196,7 @@ def test_the_end_of_a_target_is_reported_once_for_all_requests(tmp_path: Path) -
         for request_id in ("r1", "r2"):
             claims = claims_for(request_id, (1, 2))
             made.receiver.expect(claims)
-            link.push(request_id, claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), 0)
+            link.push(request_id, claims, plan_transfer(LAYOUT, LAYOUT, [1, 2], [1, 2], first_block=0), [0])
         link.close_handoff("r2", claims, TOKEN)  # pages are missing: so the target has seen all of the above
         assert isinstance(made.at_source.next(), PushRejected)
         made.receiver.close()
@@ -258,7 +258,7 @@ link = PushLink("decode-0", endpoint, identity, [random_memory(9)], inbox.put)
 plan = plan_transfer(LAYOUT, LAYOUT, claims.blocks, claims.blocks, first_block=0)
 layers = LAYOUT.num_layers if sys.argv[4] == "all" else 1
 for layer in range(layers):
-    link.push(claims.request_id, claims, plan, layer)
+    link.push(claims.request_id, claims, plan, [layer])
 if sys.argv[4] == "all":
     link.close_handoff(claims.request_id, claims, TOKEN)
     print(inbox.next(), flush=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transfer_harness import EPOCH, LAYOUT, TOKEN, TRANSPORTS, ScriptedSource, World, claims_for, world
+from transfer_harness import EPOCH, LAYOUT, TOKEN, TRANSPORTS, ScriptedSource, World, claims_for, page_digests, world
 
 from diptych.core.errors import HandshakeError
 from diptych.core.events import HandoffComplete, HandoffFailed, WriterGone
-from diptych.transfer import frames
+from diptych.transfer import frames, places
 from diptych.wire.codec import LENGTH
 
 LAYERS = range(LAYOUT.num_layers)
@@ -118,6 +118,11 @@ def test_an_inline_write_that_ends_in_the_middle_fails_the_handoff(tmp_path: Pat
     [
         {"layer": len(LAYERS)},
         {"layer": -1},
+        {"num_layers": 0},
+        {"num_layers": -1},
+        {"num_layers": len(LAYERS)},
+        {"num_layers": len(LAYERS) + 1},
+        {"num_layers": 2**62},
         {"first_group": 0},
         {"first_group": 2},
         {"first_group": -(2**62)},
@@ -146,6 +151,36 @@ def test_pages_that_do_not_belong_fail_the_handoff(transport: str, change: dict[
         assert_still_works(made)
         assert made.at_target.empty
         assert made.block(made.target, 0, 0) == bytes(LAYOUT.block_bytes)
+
+
+@pytest.mark.fault(39)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("wrong", [None, *LAYERS])
+@pytest.mark.parametrize("few", [1, places.FEW], ids=["staged", "in place"])
+def test_each_layer_of_a_frame_is_verified(
+    transport: str, wrong: int | None, few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "FEW", few)
+    with world(transport, tmp_path) as made, ScriptedSource(made) as source:
+        claims = claims_for("r1", BLOCKS)
+        made.receiver.expect(claims)
+        source.begin(claims)
+        digests = [bytearray(page_digests(made.source, layer, BLOCKS)) for layer in LAYERS]
+        if wrong is not None:
+            digests[wrong][-1] ^= 1
+        pages = [memoryview(made.block(made.source, layer, block)) for layer in LAYERS for block in BLOCKS]
+        if source.mapped:
+            for layer in LAYERS:
+                made.target.layer(layer)[:] = made.source.layer(layer)
+            pages = []
+        source.pages(claims, 0, num_layers=len(LAYERS), digests=b"".join(digests), payload=pages)
+        source.close_handoff(claims)
+        if wrong is None:
+            assert isinstance(made.at_target.next(), HandoffComplete)
+        else:
+            failed = made.at_target.next()
+            assert isinstance(failed, HandoffFailed)
+            assert failed.code == "kv_corrupt"
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -2,135 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_target import BLOCKS, IDENTITY, LAYERS, encounter, welcome, writing
 from transfer_harness import (
-    KEY,
-    LAYOUT,
     NUM_BLOCKS,
     SOCKET_TRANSPORTS,
     TOKEN,
-    Gate,
     Inbox,
     claims_for,
-    page_digests,
     random_memory,
 )
 
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import KVEndpoint
-from diptych.core.kv_layout import KVMemory
-from diptych.core.ticket import TicketClaims
-from diptych.policy.resharding import plan_transfer
 from diptych.transfer import frames, sender, streams
-from diptych.transfer.memory import SharedMemory
-from diptych.transfer.sender import Identity, PushLink, WrapWriter
-from diptych.transfer.writers import PageWriter
-from diptych.wire.blocking import BlockingConnection, accept, listening_socket
-from diptych.wire.messages import WIRE_VERSION
-
-LAYERS = range(LAYOUT.num_layers)
-SOURCE_BLOCKS = [9, 3, 4]
-BLOCKS = (5, 6, 2)
-IDENTITY = Identity(key=KEY, worker_id="prefill-0", model_digest="model")
-NOTHING_SECONDS = 0.02  # long enough to notice something that should not come
-
-
-def welcome(num_blocks: int, num_descriptors: int = 1) -> frames.PushWelcome:
-    return frames.PushWelcome(LAYOUT, num_blocks, int(num_descriptors), b"link")
-
-
-class ScriptedTarget:
-    """Listens; after `meet`, says exactly what a test wants it to say."""
-
-    def __init__(self, transport: str, directory: Path) -> None:
-        address = f"unix:{directory / 'target'}" if transport == "shm" else "tcp:127.0.0.1:0"
-        self._listener, address = listening_socket(address)
-        self.endpoint = KVEndpoint(transport=transport, address=address)
-        self.segment = SharedMemory(LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes)
-        self.connection: BlockingConnection[Any] | None = None
-
-    def hear_hello(self) -> None:
-        self.connection = accept(self._listener.accept()[0], KEY, frames.FromSource)
-        assert self.next() == frames.PushHello(WIRE_VERSION, "prefill-0", LAYOUT, "model", False)
-
-    def meet(self) -> None:
-        self.hear_hello()
-        self.say(welcome(NUM_BLOCKS, self.endpoint.transport == "shm"))
-        if self.endpoint.transport == "shm":
-            self.connected.send_descriptor(self.segment.descriptor)
-
-    @property
-    def connected(self) -> BlockingConnection[Any]:
-        assert self.connection is not None
-        return self.connection
-
-    def say(self, message: object) -> None:
-        self.connected.send(message)
-
-    def next(self) -> Any:
-        return self.connected.receive(20)
-
-    def begun(self, claims: TicketClaims) -> None:
-        assert self.next() == frames.Begin(claims.request_id, claims.nonce, claims.epoch)
-
-    def go(self, claims: TicketClaims) -> None:
-        self.begun(claims)
-        self.say(frames.Go(claims.request_id, claims.nonce))
-
-    def take_pages(self, claims: TicketClaims, layer: int, source: KVMemory) -> None:
-        """The next frame is this layer's pages of the whole request, with its payload."""
-        digests = page_digests(source, layer, SOURCE_BLOCKS)
-        nbytes = 0 if self.endpoint.transport == "shm" else len(BLOCKS) * LAYOUT.block_bytes
-        assert self.next() == frames.Pages(claims.request_id, claims.nonce, claims.epoch, layer, 0, 0, digests, nbytes)
-        self.connected.discard(nbytes)
-
-    def hears_nothing(self) -> None:
-        with pytest.raises(TimeoutError):
-            self.connected.receive(NOTHING_SECONDS)
-
-    def close(self) -> None:
-        self._listener.close()
-        if self.connection is not None:
-            self.connection.close()
-        self.segment.close()
-
-
-class Encounter:
-    """One link from a source to a scripted target."""
-
-    def __init__(self, target: ScriptedTarget, wrap: WrapWriter) -> None:
-        self.target = target
-        self.source = random_memory(1)
-        self.events = Inbox()
-        self.link = PushLink("decode-0", target.endpoint, IDENTITY, [self.source], self.events.put, wrap, num_streams=1)
-
-    def push(self, claims: TicketClaims, layers: Sequence[int] = LAYERS, *, close: bool = True) -> None:
-        plan = plan_transfer(LAYOUT, LAYOUT, SOURCE_BLOCKS, claims.blocks, first_block=0)
-        for layer in layers:
-            self.link.push(claims.request_id, claims, plan, layer)
-        if close:
-            self.link.close_handoff(claims.request_id, claims, TOKEN)
-
-    def abandon(self, claims: TicketClaims) -> None:
-        self.link.abandon(claims.request_id, claims)
-
-
-@contextlib.contextmanager
-def encounter(transport: str, directory: Path, wrap: WrapWriter = lambda writer: writer) -> Iterator[Encounter]:
-    target = ScriptedTarget(transport, directory)
-    made = Encounter(target, wrap)
-    try:
-        yield made
-    finally:
-        if target.connection is not None:
-            target.connection.end()
-        made.link.end()
-        target.close()
+from diptych.transfer.sender import PushLink
 
 
 @pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
@@ -150,7 +40,6 @@ def test_a_whole_conversation(transport: str, tmp_path: Path) -> None:
         target.say(frames.Accepted("r1", claims.nonce))
         assert made.events.next() == PushAccepted("r1")
         target.say(frames.Accepted("r1", claims.nonce))  # twice
-        target.say(frames.PushWelcome(LAYOUT, 1, 0, b""))  # out of turn
         target.say(frames.Cancel("unknown", b"nonce"))
         assert target.next() == frames.Stopped("unknown", b"nonce")  # so all of the above has been heard
         made.abandon(claims)  # too late to matter
@@ -329,27 +218,6 @@ def test_an_endpoint_on_another_machine_is_a_lost_link() -> None:
     link.end()
 
 
-@contextlib.contextmanager
-def writing(directory: Path) -> Iterator[tuple[Encounter, Gate, TicketClaims]]:
-    """A source in the middle of a write to mapped memory."""
-    gates: list[Gate] = []
-
-    def wrap(writer: PageWriter) -> PageWriter:
-        gates.append(Gate(writer))
-        return gates[0]
-
-    with encounter("shm", directory, wrap) as made:
-        claims = claims_for("r1", BLOCKS)
-        made.target.meet()
-        made.push(claims)
-        made.target.go(claims)
-        assert gates[0].begun.wait(20)
-        try:
-            yield made, gates[0], claims
-        finally:
-            gates[0].may_go_on.set()
-
-
 def test_the_connection_does_not_end_while_a_write_is_under_way(tmp_path: Path) -> None:
     """The target takes the end of the connection for the end of all writing."""
     with writing(tmp_path) as (made, gate, claims):
@@ -389,3 +257,22 @@ def test_an_ended_link_lets_go_of_everything(tmp_path: Path) -> None:
         assert made.events.next() == LinkLost("decode-0", ("open",))
         assert target.next() is None
         assert made.events.empty
+
+
+@pytest.mark.parametrize("transport", SOCKET_TRANSPORTS)
+def test_leave_is_asked_for_once(transport: str, tmp_path: Path) -> None:
+    """By a thread of the link while it connects, and by the caller afterwards."""
+    with encounter(transport, tmp_path) as made:
+        target, first, second = made.target, claims_for("r0", BLOCKS), claims_for("r1", BLOCKS)
+        made.link.begin("r0", first)
+        target.meet()
+        target.begun(first)
+        made.link.begin("r1", second)
+        made.link.begin("r1", second)
+        target.begun(second)
+        made.push(second)
+        target.hears_nothing()
+        target.say(frames.Go("r1", second.nonce))
+        for layer in LAYERS:
+            target.take_pages(second, layer, made.source)
+        assert target.next() == frames.Close("r1", second.nonce, second.epoch, len(LAYERS), TOKEN, b"")

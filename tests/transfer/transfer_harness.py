@@ -120,7 +120,7 @@ class World:
         if tokens:
             plan = plan_resharding(origin, there, tokens)
             for layer in range(claims.layout.num_layers):
-                link.push(claims.request_id, claims, plan, layer)
+                link.push(claims.request_id, claims, plan, [layer])
         link.close_handoff(claims.request_id, claims, TOKEN)
 
     def block(self, memory: KVMemory, layer: int, block: int) -> bytes:
@@ -204,6 +204,7 @@ class ScriptedSource:
             "nonce": claims.nonce,
             "epoch": claims.epoch,
             "layer": layer,
+            "num_layers": 1,
             "pair": 0,
             "first_group": claims.first_block,
             "digests": page_digests(self._world.source, layer, wanted),

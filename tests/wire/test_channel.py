@@ -95,18 +95,26 @@ def test_the_listeners_own_proof_sent_back_is_no_proof() -> None:
     serving("tcp:127.0.0.1:0", test)
 
 
-def test_a_listener_without_the_key_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (b"z" * handshake.REPLY_BYTES, "listener does not hold"),
+        (b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n", "--listen"),
+    ],
+    ids=["imposter", "web server"],
+)
+def test_a_listener_without_the_key_is_refused(reply: bytes, words: str) -> None:
     async def imposter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
             await reader.readexactly(handshake.OPENING_BYTES)
-            writer.write(b"z" * handshake.REPLY_BYTES)
+            writer.write(reply)
             await reader.read()
 
     async def run() -> None:
         server = await asyncio.start_server(imposter, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            with pytest.raises(HandshakeError, match="listener does not hold"):
+            with pytest.raises(HandshakeError, match=words):
                 await connect(f"tcp:127.0.0.1:{port}", KEY, ToWorker)
 
     asyncio.run(run())

@@ -122,6 +122,22 @@ def test_a_man_in_the_middle_of_a_control_channel_is_noticed() -> None:
     asyncio.run(run())
 
 
+def test_a_listener_without_tls_is_told_from_one_that_is_not_there() -> None:
+    async def run() -> None:
+        async def nobody(channel: StreamChannel[Any]) -> None:
+            raise AssertionError("somebody got in")
+
+        listener = await listen("tcp:127.0.0.1:0", KEY, nobody, FromWorker)
+        there = listener.address.replace("tcp:", "tls:")
+        with pytest.raises(HandshakeError, match="is --tls given on both sides"):
+            await connect(there, KEY, ToWorker)
+        await listener.close()
+        with pytest.raises(ConnectionRefusedError):
+            await connect(there, KEY, ToWorker)
+
+    asyncio.run(run())
+
+
 def test_nothing_can_be_read_on_the_wire() -> None:
     """What the listener's end of the TCP stream carries is not what was sent."""
     secret = b"the page's bytes" * 100

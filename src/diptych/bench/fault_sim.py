@@ -39,6 +39,7 @@ class Tally:
     attempts: int = 0
     retried: int = 0
     handoffs: int = 0
+    rows_dropped: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[int, str]] = field(default_factory=list)  # seed, what
@@ -54,6 +55,7 @@ class Tally:
         self.attempts += outcome.attempts
         self.retried += outcome.retried
         self.handoffs += outcome.handoffs
+        self.rows_dropped += outcome.rows_dropped
         self.failed += outcome.failed
         self.faults += Counter({str(kind): count for kind, count in outcome.faults.items()})
         if outcome.violation is not None:
@@ -70,6 +72,7 @@ class Tally:
             "attempts",
             "retried",
             "handoffs",
+            "rows_dropped",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.failed += other.failed
@@ -85,7 +88,7 @@ class Tally:
         cut_short = self.requests - self.finished - self.failed.total()
         yield (
             f"{self.requests:,} requests in {self.attempts:,} attempts ({self.retried:,} of them repeated) with "
-            f"{self.handoffs:,} hand-offs: "
+            f"{self.handoffs:,} hand-offs; {self.rows_dropped:,} rows left running steps: "
             f"{self.finished:,} finished, {cut_short:,} cancelled, {self.failed.total():,} failed as they may"
             + "".join(f", {count:,} {code}" for code, count in self.failed.most_common())
         )

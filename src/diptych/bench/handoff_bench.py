@@ -13,86 +13,35 @@ import contextlib
 import json
 import multiprocessing
 import os
-import random
 import secrets
-import shutil
 import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diptych.bench.handoff_cases import CASES, MIB, Case
+from diptych.bench.handoff_ceiling import bare_frames, copy_all, hash_frame
+from diptych.bench.handoff_report import markdown
+from diptych.bench.loopback import iperf3
 from diptych.bench.metrics import Fields
-from diptych.bench.report import fingerprint, number, table
+from diptych.bench.report import fingerprint
 from diptych.core.blocks import BlockId
-from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.kv_layout import KVMemory
 from diptych.transfer.digest import unit_digests
-from diptych.transfer.sender import NUM_STREAMS
+from diptych.transfer.memory import map_memory
 from diptych.transfer.session import KVSource, KVTarget
 
-MIB = 1 << 20
-NUM_LAYERS = 8
-EQUAL = ("64 KiB pages, scattered", "16 KiB pages, scattered")  # what re-sharded ones are held against
 SOCKET_BUFFER_BYTES = 128 << 10  # what iperf3 sends and receives at a time
+IPERF3_SECONDS = 1
 TIMEOUT = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How KV lies on both sides. 8 KV heads of 128 in bfloat16, and blocks of 16 tokens, make pages of 64 KiB."""
-
-    source: KVLayout
-    target: KVLayout
-    scattered: bool  # block tables
-
-
-def _layout(heads: int = 8, **cut: int) -> KVLayout:
-    sizes = {"num_layers": NUM_LAYERS, "head_dim": 128, "block_size": 16, **cut}
-    return KVLayout(num_kv_heads=heads, dtype="bfloat16", **sizes)
-
-
-WIDE, NARROW = _layout(), _layout(heads=2)
-SHAPES = {
-    "64 KiB pages, consecutive": Shape(WIDE, WIDE, scattered=False),
-    EQUAL[0]: Shape(WIDE, WIDE, scattered=True),
-    EQUAL[1]: Shape(NARROW, NARROW, scattered=True),
-    "TP 4 -> 1, scattered": Shape(_layout(tensor_parallel=4), WIDE, scattered=True),
-    "TP 1 -> 4, scattered": Shape(WIDE, _layout(tensor_parallel=4), scattered=True),
-    "block 16 -> 32, scattered": Shape(WIDE, _layout(block_size=32), scattered=True),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One row: a shape, and how much moves."""
-
-    mib: int
-    shape: str
-    rounds: int
-
-    @property
-    def layouts(self) -> Shape:
-        return SHAPES[self.shape]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.mib * MIB // self.layouts.source.token_bytes
-
-    def table(self, layout: KVLayout, seed: int) -> list[BlockId]:
-        """A block table over all blocks of the memory."""
-        blocks = list(range(self.num_tokens // layout.block_size))
-        if self.layouts.scattered:
-            random.Random(seed).shuffle(blocks)
-        return blocks
-
-
-CASES = tuple(Case(mib, shape, rounds) for mib, rounds in ((1, 61), (16, 31), (256, 9)) for shape in SHAPES)
 
 
 class WholeTable:
@@ -110,8 +59,8 @@ class WholeTable:
 
 
 def run_target(case: Case, key: bytes, directory: str, parent: Connection) -> None:
-    """The other process: a target for sessions, and a sink for raw bytes."""
-    table = case.table(case.layouts.target, 2)
+    """The other process: a target for sessions, the far end of the bare loops, and a sink for raw bytes."""
+    table = list(case.target.blocks)
     with (
         KVTarget(
             case.layouts.target,
@@ -124,6 +73,8 @@ def run_target(case: Case, key: bytes, directory: str, parent: Connection) -> No
     ):
         addresses = target.address, target.receiver.listen("tcp:127.0.0.1:0"), listener.getsockname()[1]
         parent.send(addresses)
+        for segment in target._segments:
+            reduction.send_handle(parent, segment.descriptor, os.getppid())
         raw, _ = listener.accept()
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with raw:
@@ -138,6 +89,13 @@ def _obey(order: str, target: KVTarget, case: Case, raw: socket.socket, parent: 
         case "pull":
             target.pull("bench", TIMEOUT)
             target.release("bench")
+            parent.send(time.process_time())
+        case "ceiling":
+            frames = bare_frames(case)
+            parent.send(time.process_time())
+            while number := parent.recv_bytes():
+                hash_frame(frames[int.from_bytes(number, "big")], target.memories)
+            parent.send_bytes(b"!")
             parent.send(time.process_time())
         case "raw in place":
             parent.send(None)
@@ -165,16 +123,22 @@ class Bench:
         self._case = case
         self._child = child
         self._source = source
-        self.cpu_seconds: dict[str, list[float]] = {"memcpy": [], "shm": [], "tcp": []}
+        self.cpu_seconds: dict[str, list[float]] = {"memcpy": [], "ceiling": [], "shm": [], "tcp": []}
         size, layout = case.mib * MIB, case.layouts.source
+        self._frames = bare_frames(case)
         content = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
-        self._table = case.table(layout, 1)
+        self._table = list(case.source.blocks)
         self._copy_from, self._copy_to = content, np.ones(size, dtype=np.uint8)
         parts = np.split(content, layout.world_size)
         ranks = [KVMemory(layout, len(self._table), part.data, rank) for rank, part in enumerate(parts)]
+        self._ranks = ranks
         self._kv = ranks[0] if len(ranks) == 1 else ranks
         self._unit_bytes = layout.block_bytes
         self._unix, self._tcp, port = child.recv()
+        theirs, num_blocks = case.layouts.target, len(case.target.blocks)
+        self._theirs = [
+            map_memory(reduction.recv_handle(child), theirs, num_blocks, rank) for rank in range(theirs.world_size)
+        ]
         self._raw = socket.create_connection(("127.0.0.1", port))
         self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -183,6 +147,8 @@ class Bench:
         """What is measured: each takes its turn and returns seconds."""
         return {
             "memcpy": self._memcpy,
+            "page copies": self._copy_pages,
+            "ceiling": self._copy_and_hash,
             "shm": lambda: self._handoff("shm", self._unix),
             "tcp": lambda: self._handoff("tcp", self._tcp),
             "raw in place": lambda: self._stream("raw in place", len(self._copy_from)),
@@ -198,6 +164,27 @@ class Bench:
         np.copyto(self._copy_to, self._copy_from)
         self.cpu_seconds["memcpy"].append(time.process_time() - cpu)
         return time.perf_counter() - start
+
+    def _copy_pages(self) -> float:
+        """Range by range into the target's memory, as a hand-off has to."""
+        start = time.perf_counter()
+        copy_all(self._frames, self._ranks, self._theirs)
+        return time.perf_counter() - start
+
+    def _copy_and_hash(self) -> float:
+        """Digests on both sides, too, and nothing else."""
+        self._child.send("ceiling")
+        their_cpu = self._child.recv()
+        start, our_cpu = time.perf_counter(), time.process_time()
+        announce = [number.to_bytes(4, "big") for number in range(len(self._frames))]
+        copy_all(
+            self._frames, self._ranks, self._theirs, announce=lambda number: self._child.send_bytes(announce[number])
+        )
+        self._child.send_bytes(b"")
+        self._child.recv_bytes()
+        seconds, our_cpu = time.perf_counter() - start, time.process_time() - our_cpu
+        self.cpu_seconds["ceiling"].append(our_cpu + self._child.recv() - their_cpu)
+        return seconds
 
     def _digest(self) -> float:
         """One of the two passes over every page that a hand-off makes."""
@@ -268,80 +255,31 @@ def measure(case: Case) -> Fields:
                     seconds[name].append(taken)
         cpu = {name: statistics.median(values[1:]) for name, values in made.cpu_seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    nbytes = case.mib * MIB
-    raw = min(medians["raw in place"], medians["raw reused"])
+    rates = {name: case.mib * MIB / value / 1e9 for name, value in medians.items()}
+    raw = {name: rates[name] for name in ("raw in place", "raw reused")}
+    if (theirs := iperf3(IPERF3_SECONDS)) is not None:
+        raw["iperf3"] = rates["iperf3"] = theirs
+    best = max(raw, key=lambda name: raw[name])
     return {
         **asdict(case),
         "seconds": medians,
-        "gb_per_second": {name: nbytes / value / 1e9 for name, value in medians.items()},
+        "gb_per_second": rates,
         "shm_of_memcpy": medians["memcpy"] / medians["shm"],
-        "tcp_of_raw": raw / medians["tcp"],
+        "shm_of_page_copies": medians["page copies"] / medians["shm"],
+        "shm_of_ceiling": medians["ceiling"] / medians["shm"],
+        "best_raw": best,
+        "tcp_of_raw": rates["tcp"] / raw[best],
         "digest_of_shm": medians["digest"] / medians["shm"],
         "digest_of_tcp": medians["digest"] / medians["tcp"],
         "cpu_seconds": cpu,
         "shm_cpu_in_memcpys": cpu["shm"] / cpu["memcpy"],
+        "shm_cpu_in_ceilings": cpu["shm"] / cpu["ceiling"],
     }
 
 
 def _rotated(names: list[str], by: int) -> list[str]:
     by %= len(names)
     return names[by:] + names[:by]
-
-
-def markdown(machine: Fields, rows: Sequence[Fields]) -> str:
-    """The report as one page."""
-    header = ["KV", "pages", "rounds", "memcpy", "shm", "shm / memcpy", "shm: CPU in memcpys"]
-    header += ["raw socket, in place", "raw socket, reused", "tcp", "tcp / best raw"]
-    header += ["shm / equal pairs", "tcp / equal pairs", "digest pass / shm", "digest pass / tcp"]
-    cells = []
-    for row in rows:
-        rate = {name: number(value) for name, value in row["gb_per_second"].items()}
-        shares = [f"{row[name]:.0%}" for name in ("digest_of_shm", "digest_of_tcp")]
-        beside = [_beside_equal_pairs(row, rows, way) for way in ("shm", "tcp")]
-        cells.append(
-            [f"{row['mib']} MiB", row["shape"], row["rounds"], rate["memcpy"], rate["shm"]]
-            + [
-                f"{row['shm_of_memcpy']:.2f}",
-                f"{row['shm_cpu_in_memcpys']:.1f}",
-                rate["raw in place"],
-                rate["raw reused"],
-                rate["tcp"],
-            ]
-            + [f"{row['tcp_of_raw']:.2f}", *beside, *shares]
-        )
-    return f"""# The hand-off beside memcpy and raw sockets
-
-Made by `{machine["command"]}` on {machine["date"]}, commit {machine["git_commit"]}. {machine["cpu"]},
-{machine["cores"]} cores, {machine["memory_gib"]} GiB, {machine["platform"]}, Python {machine["python"]};
-load average before the run {machine["load_before"]:.1f}, after it {machine["load_after"]:.1f}.
-
-{table(header, cells)}
-
-Rates in GB/s, medians of rounds in which every column takes its turn. A hand-off goes from one process to
-another, as one session of {NUM_LAYERS} layers over a link of {NUM_STREAMS} connections, from the first push
-until the target has verified every unit and accepted. memcpy is numpy's `copyto` of as many bytes, within one
-process; "CPU in memcpys" is the processor time of both sides together as a multiple of that memcpy's, which depends
-less on what else runs on the machine. The raw socket is our own loopback measurement over TCP ({_iperf3()}):
-once from and into memory as large as the KV, and once from and into one buffer of {SOCKET_BUFFER_BYTES >> 10} KiB,
-as iperf3 does it, which stays in the cache. A digest pass reads every page once, alone; a hand-off makes two, one on
-each side, beside the copying.
-
-The last rows of each size re-shard. Beside equal pairs: how fast they are as a share of the same bytes between two
-equal layouts with scattered pages, of 64 KiB and of 16 KiB (the pages of each rank of TP 4). Re-sharding
-cuts pages of both sizes into ranges of 8 KiB (TP) or 4 KiB (block size).
-"""
-
-
-def _beside_equal_pairs(row: Fields, rows: Sequence[Fields], way: str) -> str:
-    """Rates as shares of those between equal layouts."""
-    equal = {other["shape"]: other for other in rows if other["mib"] == row["mib"]}
-    if SHAPES[row["shape"]].source == SHAPES[row["shape"]].target or not set(EQUAL) <= equal.keys():
-        return ""
-    return ", ".join(f"{row['gb_per_second'][way] / equal[name]['gb_per_second'][way]:.2f}" for name in EQUAL)
-
-
-def _iperf3() -> str:
-    return "iperf3 is installed, but was not used" if shutil.which("iperf3") else "iperf3 is not installed"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,10 +15,8 @@ import multiprocessing
 import os
 import queue
 import random
-import shutil
 import socket
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from diptych.bench.loopback import iperf3
 from diptych.bench.metrics import Fields
 from diptych.bench.report import fingerprint, number, table
 from diptych.core.events import PushAccepted
@@ -184,8 +183,7 @@ class Bench:
         blocks = range(self._case.num_blocks)
         plan = plan_transfer(LAYOUT, LAYOUT, blocks, claims.blocks, first_block=0)
         self._ask(claims)
-        for layer in range(LAYOUT.num_layers):
-            link.push(claims.request_id, claims, plan, layer)
+        link.push(claims.request_id, claims, plan, range(LAYOUT.num_layers))
         link.close_handoff(claims.request_id, claims, SampledToken(0))
         event = self._accepted.get(timeout=TIMEOUT)
         if not isinstance(event, PushAccepted):
@@ -245,23 +243,6 @@ def measure(case: Case, results: Connection) -> None:
             "idle_cpu": idle,
         }
     )
-
-
-def iperf3() -> float | None:
-    """GB/s of one stream over loopback; None if it is not installed."""
-    program = shutil.which("iperf3")
-    if program is None:
-        return None
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    listening = [program, "-s", "-1", "-p", port, "--forceflush"]
-    with subprocess.Popen(listening, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        while "listening" not in server.stdout.readline():
-            pass
-        client = [program, "-c", "127.0.0.1", "-p", port, "-t", "3", "-J"]
-        report = json.loads(subprocess.run(client, check=True, capture_output=True, text=True).stdout)
-    return float(report["end"]["sum_received"]["bits_per_second"]) / 8e9
 
 
 def markdown(machine: Fields, rows: Sequence[Fields], reference: float | None) -> str:

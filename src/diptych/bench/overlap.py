@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -81,7 +82,7 @@ class Conductor:
 
     async def joined(self, num_workers: int) -> None:
         """Wait for all workers, and connect them."""
-        while len(self._hellos) < num_workers:
+        for _ in range(num_workers):
             await self._answer(messages.Hello)
         for worker_id, hello in self._hellos.items():
             if worker_id != PREFILL:
@@ -105,6 +106,13 @@ class Conductor:
         if not isinstance(answer, kind):
             raise RuntimeError(f"expected {kind.__name__}, a worker sent {answer}")
         return answer
+
+    async def beat(self) -> None:
+        """Show the workers that there is still somebody."""
+        for number in itertools.count(1):
+            await asyncio.sleep(1.0)
+            for channel in self._channels.values():
+                channel.send(messages.Ping(number))
 
     def end(self) -> None:
         for channel in self._channels.values():
@@ -172,6 +180,7 @@ async def _fleet(plan: Plan, directory: Path) -> AsyncIterator[Conductor]:
         for name in plan.transports
     ]
     processes = [_start(settings, directory) for settings in (common, *decoders)]
+    beating = asyncio.create_task(conductor.beat())
     try:
         await conductor.joined(len(processes))
         yield conductor
@@ -179,6 +188,7 @@ async def _fleet(plan: Plan, directory: Path) -> AsyncIterator[Conductor]:
         for process in processes:
             await asyncio.to_thread(process.join)
     finally:
+        beating.cancel()
         for process in processes:
             process.kill()
         await listener.close()

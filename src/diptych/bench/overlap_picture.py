@@ -56,8 +56,7 @@ def _draw(panel: Any, run: Fields, span: tuple[float, float], title: str) -> Non
         panel.broken_barh(moving[layer], (layer, 0.4), color=DISTURBED, label=named.get("moving"))
     decodes = [(1000 * begin, 1000 * (end - begin)) for begin, end in run["decodes"]]
     panel.broken_barh(decodes, (num_layers - 0.3, 0.6), color=DECODE, label="decode step")
-    last, complete = run["chunks"][-1]["layers"][-1], run["complete"]
-    panel.axvspan(1000 * last, 1000 * complete, color=SHADE, lw=0, zorder=0, label="exposed")
+    panel.axvspan(1000 * run["computed"], 1000 * run["complete"], color=SHADE, lw=0, zorder=0, label="exposed")
     panel.axvline(1000 * run["first_token"], color=INK, lw=0.8, ls=":", label="first token sampled")
     panel.set_xlim(1000 * span[0], 1000 * span[1])
     panel.set_yticks(range(num_layers + 1), [*map(str, range(num_layers)), "decode"])

@@ -16,8 +16,8 @@ def summarize(request: Fields, source: Fields, target: Fields) -> Fields:
     """One hand-off on one time axis: seconds from when its prefill began.
 
     `chunks` are the prefill's steps: when each began and ended, when each layer's KV was there (`layers`) and
-    when the target had verified it (`verified`). `exposed` is from the last layer's KV to the hand-off's end,
-    `transfer` what moving all of it takes alone.
+    when the target had verified it (`verified`). `exposed` is from when the last layer was `computed` to the
+    hand-off's end, `after_kv` the same from that layer's KV on, `transfer` what moving all of it takes alone.
     """
     name = request["request"]
     steps = _steps_of(source, name)
@@ -31,7 +31,7 @@ def summarize(request: Fields, source: Fields, target: Fields) -> Fields:
         }
         for step in steps
     ]
-    complete = target["complete"][name] - zero
+    computed, complete = steps[-1]["computed"] - zero, target["complete"][name] - zero
     decodes = [[step["begin"] - zero, step["end"] - zero] for step in _steps_of(target, name)]
     num_layers = len(chunks[0]["layers"])
     transfer = _transfer_alone(source, target, f"{name}-cached", request["tokens"])
@@ -40,10 +40,12 @@ def summarize(request: Fields, source: Fields, target: Fields) -> Fields:
         "chunks": chunks,
         "decodes": decodes,
         "first_token": chunks[-1]["end"],
+        "computed": computed,
         "complete": complete,
-        "exposed": complete - chunks[-1]["layers"][-1],
+        "exposed": complete - computed,
+        "after_kv": complete - chunks[-1]["layers"][-1],
         "after_token": complete - chunks[-1]["end"],
-        "decode_begins": decodes[0][0] - chunks[-1]["layers"][-1],
+        "decode_begins": decodes[0][0] - computed,
         "compute_per_layer": chunks[-1]["end"] / num_layers,
         "transfer": transfer,
         "transfer_per_layer": transfer / num_layers,
@@ -93,22 +95,23 @@ Steps that sleep instead of computing, so the processor is free for the transfer
 ## What the columns mean
 
 All in milliseconds, medians over rounds in which lengths and transports take their turns, after one round to warm
-up. Every worker is the process that serves, with two probes (`bench/overlap_worker.py`): one around its engine, one
-around its receiver's tickets. One request at a time; prompts of random tokens, 512 to a step.
+up. Every worker is the process that serves, with probes (`bench/overlap_worker.py`) around its engine, after its
+engine's last layer, and around its receiver's tickets. One request at a time; prompts of random tokens, 512 to a step.
 
 - **compute of a layer**: the prefill, from its first step's begin to the first token, divided by the layers.
 - **transfer alone**: the same prompt again, all of whose blocks but the last are still in the prefill worker's cache,
-  so that they leave at once: from the step's begin to the last verified page, the target's leave to write included,
+  so that they leave at once: from the first push to the last verified page, the target's leave to write included,
   scaled to all blocks.
 - **a layer's share**: of that.
 - **bound**: a layer's share + 2 ms. **within**: how many rounds kept to it (each to its own).
-- **exposed**: from "the last layer's KV is written" at the source to "every page is verified, and the first token is
-  here" at the target, which then may decode. This is the strict reading of "last layer computed": it includes what
-  the source still computes then, whether or not anything is moved (attention and MLP of the last token, LM head,
-  sampling).
+- **exposed**: from "the last layer is computed" at the source (attention and MLP; what is left is head and sampling)
+  to "every page is verified, and the first token is here" at the target, which then may decode. (The scripted engine's
+  last layer is computed when all KV has been read, which stands for attention.)
+- **from its KV**: the same, but from "the last layer's KV is written" on, as soon as it can leave: this includes what
+  the source still computes of that layer, whether or not anything is moved.
 - **after the first token**: the part of it after the source sampled the first token, without which no decode can
   start: what the hand-off itself adds.
-- **decode step begins**: from the last layer's KV to the first decode step, thread and scheduling delays included.
+- **decode step begins**: from the last layer computed to the first decode step, thread and scheduling delays included.
 """
 
 
@@ -118,7 +121,16 @@ def _rounds(runs: Sequence[Fields]) -> int:
 
 def _table(runs: Sequence[Fields]) -> str:
     header = ["tokens", "transport", "prefill", "compute of a layer", "transfer alone", "a layer's share"]
-    header += ["bound", "exposed (worst)", "within", "after the first token (worst)", "within", "decode step begins"]
+    header += [
+        "bound",
+        "exposed (worst)",
+        "within",
+        "from its KV (worst)",
+        "within",
+        "after the first token (worst)",
+        "within",
+        "decode step begins",
+    ]
     return table(
         header, [_row(tokens, transport, of_case(runs, tokens, transport)) for tokens, transport in cases(runs)]
     )
@@ -139,6 +151,7 @@ def _row(tokens: int, transport: str, runs: Sequence[Fields]) -> list[str]:
     return [
         *(f"{tokens:,}", transport, prefill, median("compute_per_layer"), median("transfer")),
         *(median("transfer_per_layer"), allowed, with_worst("exposed"), within("exposed")),
+        *(with_worst("after_kv"), within("after_kv")),
         *(with_worst("after_token"), within("after_token"), median("decode_begins")),
     ]
 
@@ -163,4 +176,4 @@ def _transfer_alone(source: Fields, target: Fields, request_id: str, tokens: int
     cached = step["rows"][0][1]  # where its computation begins
     num_layers = len(step["layers"])
     done = max(_verified(target, request_id, (0, cached), num_layers))
-    return float(done - step["begin"]) * tokens / cached
+    return float(done - source["pushed"][request_id]) * tokens / cached

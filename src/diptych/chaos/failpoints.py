@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import itertools
+import math
 import os
 import re
 import signal
@@ -100,12 +101,22 @@ def _action(action: str, argument: str, process: str, name: str) -> Callable[[],
         case "raise":
             return lambda: _break(name)
         case "delay":
-            seconds = float(argument)
+            seconds = _seconds(argument)
             return lambda: time.sleep(seconds)
         case "meet":
             return lambda: meet(argument, f"{process} {os.getpid()} {name}")
         case other:
             raise ConfigError(f"{VARIABLE}: {other!r} is none of {', '.join(ACTIONS)}")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(f"{VARIABLE}: a delay of {text!r} seconds")
+    return seconds
 
 
 def _break(name: str) -> None:

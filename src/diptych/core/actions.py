@@ -38,6 +38,14 @@ class RunStep:
 
 
 @dataclass(frozen=True, slots=True)
+class DropRow:
+    """Nobody wants this request of the running step any more. Answered by RowsDropped if the engine goes on without it;
+    else its row is part of the step to the end."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class CloseHandoff:
     """All pages of this request are pushed; send the closing message with the first token after them."""
 
@@ -108,6 +116,7 @@ class ForgetRequest:
 
 WorkerAction = (
     RunStep
+    | DropRow
     | PushPages
     | CloseHandoff
     | AbandonPush

@@ -142,3 +142,17 @@ class TicketError(TransferError):
     """A ticket that is forged, replayed, expired, or belongs to something else."""
 
     code = "ticket_refused"
+
+
+def in_words(error: BaseException) -> str:
+    """What went wrong with a file or a connection, for the end of a sentence."""
+    match error:
+        case ConnectionRefusedError():
+            return "nobody listens there"
+        case TimeoutError():
+            return "no answer in time"
+        case UnicodeDecodeError():
+            return "it is no UTF-8 text"
+        case OSError(strerror=str(reason)):
+            return reason
+    return str(error)

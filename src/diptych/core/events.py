@@ -115,10 +115,17 @@ class AbortRequested:
 
 @dataclass(frozen=True, slots=True)
 class StepFinished:
-    """The step of the last RunStep is done: one entry per row, None where the row did not sample."""
+    """The step of the last RunStep is done: one entry per row, None where the row did not sample or was dropped."""
 
     samples: tuple[SampledToken | None, ...]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowsDropped:
+    """The running step goes on without these requests: it neither reads nor writes their blocks any more."""
+
+    request_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +148,7 @@ WorkerEvent = (
     | PrefillRequested
     | AbortRequested
     | StepFinished
+    | RowsDropped
     | StepFailed
     | Tick
     | PushAccepted

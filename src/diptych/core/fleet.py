@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -27,11 +28,43 @@ class Role(StrEnum):
     MIXED = "mixed"
 
 
+def can_serve(roles: Collection[Role]) -> bool:
+    """Whether workers of these roles are what a server is meant to have: a pair, or one that does both."""
+    return Role.MIXED in roles or (Role.PREFILL in roles and Role.DECODE in roles)
+
+
 class WorkerState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
     LOST = "lost"
+
+
+class BreakerState(StrEnum):
+    """Whether a worker, or a pair, gets clients' requests (closed: it does)."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+class Readiness(StrEnum):
+    """Whether a server can serve as it is meant to."""
+
+    NO = "not ready"
+    DEGRADED = "degraded"
+    YES = "ok"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not better; empty if all is well."""
+        match self:
+            case Readiness.NO:
+                return "not enough workers are ready"
+            case Readiness.DEGRADED:
+                return "no prefill worker can hand KV over to a decode worker: requests are served un-split"
+            case Readiness.YES:
+                return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +116,13 @@ class WorkerStats:
     decode_step_seconds: float = 0.0  # recent mean of pure decode steps; 0 while unknown
     preemptions: int = 0  # since start
     handoffs_failed: int = 0  # since start
+    rows_dropped: int = 0  # since start: out of running steps, since nobody wanted them any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
-    """One worker at one moment, for routing and for `/fleet`."""
+    """One worker at one moment, for routing and for `/fleet`. `turned_away` says what came over its data connections
+    and was not taken: (why, how often), since its start."""
 
     worker_id: WorkerId
     role: Role
@@ -101,6 +136,7 @@ class WorkerView:
     transports: tuple[str, ...] = ()
     host: str = ""  # workers of equal host can share memory
     stats: WorkerStats = field(default_factory=WorkerStats)
+    turned_away: tuple[tuple[str, int], ...] = ()
 
     @property
     def blocks_free(self) -> int:
@@ -109,15 +145,21 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterStats:
-    """The router's own load, now, and its counts since start."""
+    """The router's own load, now, and its counts since start.
+
+    `worker_breakers` and `pair_breakers`, of (prefill, decode), are about those that have failed lately: whoever is
+    not there is trusted."""
 
     running: int = 0  # requests that workers have
     waiting: int = 0  # requests in the queue
     waiting_tokens: int = 0  # of their prompts
     retried: int = 0  # attempts after the first
+    moved: int = 0  # streams handed over by workers that leave
     checkpoints: int = 0  # copies of streams' KV that arrived
     checkpoint_tokens: int = 0  # of the logs, whose KV was sent for them
     ignored: int = 0  # messages about requests that are over, and tokens that came twice
+    worker_breakers: Mapping[WorkerId, BreakerState] = field(default_factory=dict)
+    pair_breakers: Mapping[tuple[WorkerId, WorkerId], BreakerState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

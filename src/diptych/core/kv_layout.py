@@ -210,9 +210,13 @@ class KVMemory:
     num_blocks: int
     buffer: memoryview = field(repr=False)
     rank: int = 0
+    _held: range = field(init=False, repr=False, compare=False)  # what `layer`, often called, needs of the layout
+    _layer_bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        wanted = len(self.layout.layers_of(self.rank)) * self.num_blocks * self.layout.block_bytes
+        object.__setattr__(self, "_held", self.layout.layers_of(self.rank))
+        object.__setattr__(self, "_layer_bytes", self.num_blocks * self.layout.block_bytes)
+        wanted = len(self._held) * self._layer_bytes
         if self.buffer.nbytes != wanted:
             raise ValueError(f"KV buffer has {self.buffer.nbytes} bytes, the layout wants {wanted}")
 
@@ -220,12 +224,10 @@ class KVMemory:
         """The bytes of one layer, by its number in the model: num_blocks * block_bytes of them.
 
         Raises ValueError for a layer that this rank does not hold."""
-        layers = self.layout.layers_of(self.rank)
-        if index not in layers:
-            raise ValueError(f"rank {self.rank} holds layers {layers[0]} to {layers[-1]}, not {index}")
-        size = self.num_blocks * self.layout.block_bytes
-        place = index - layers.start
-        return self.buffer[place * size : (place + 1) * size]
+        if index not in self._held:
+            raise ValueError(f"rank {self.rank} holds layers {self._held[0]} to {self._held[-1]}, not {index}")
+        start = (index - self._held.start) * self._layer_bytes
+        return self.buffer[start : start + self._layer_bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,34 @@ to spoil them. (`Backend`, per worker, arrives with the adapters for upstream en
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol
 
-from diptych.core.fleet import ModelInfo, Route, RouterStats, WorkerView
+from diptych.core.errors import EngineLost
+from diptych.core.fleet import ModelInfo, Readiness, Route, RouterStats, WorkerView
 from diptych.core.kv_layout import KVLayout, KVMemory
 from diptych.core.request import Request, SampledToken, TokenOutput
 from diptych.core.sequence import Batch
 from diptych.core.timeline import Timeline
 
 OnLayer = Callable[[int], None]
+OnLost = Callable[[EngineLost], None]
+
+
+class Unwanted(Protocol):
+    """Requests of a running step that nobody wants any more. Another thread adds to them while it runs."""
+
+    def take(self) -> frozenset[str]:
+        """Those that have come since the last call."""
+        ...
+
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """From now on the step neither reads nor writes their blocks."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """For that long, or until there is something to take."""
+        ...
 
 
 class KVBytes(Protocol):
@@ -48,16 +66,25 @@ class Engine(Protocol):
         for each, in order of ranks. Called once, before the first step."""
         ...
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
+    ) -> list[SampledToken | None]:
         """Compute KV for every row and sample where a row says so.
 
         Returns one entry per row, None where the row does not sample. `on_layer(i)` is called, on the
         calling thread, as soon as all ranks have written the KV of layer i for all rows (0 to L-1, in order).
+        Rows that become `unwanted` meanwhile may be left out from some layer on; then they are let go, and their
+        entries are None.
         """
         ...
 
     def forget(self, request_id: str) -> None:
         """Drop whatever is remembered for a request beyond its log (penalty counts). Harmless if unknown."""
+        ...
+
+    def watch(self, lost: OnLost) -> None:
+        """Have `lost` called, on any thread, if the engine breaks down between steps; at once if it has already. A
+        later call replaces an earlier one."""
         ...
 
     def close(self) -> None: ...
@@ -126,6 +153,6 @@ class Dispatcher(Protocol):
         """The router's own loop beats."""
         ...
 
-    def ready(self) -> bool:
-        """Somebody can serve: at least one worker of each needed role is ready, and none is draining."""
+    def readiness(self) -> Readiness:
+        """Whether requests that are sent now are served, and as they are meant to be."""
         ...

@@ -56,8 +56,9 @@ class Request:
     """One validated stream to serve.
 
     `cache_salt` opens a separate prefix-cache namespace (a tenant): blocks are only shared among
-    requests of equal salt. `tenant` is whose it is, for fair shares and quotas. Of a tenant's waiting requests
-    one of lower `priority` goes first (vLLM's meaning of the number). `timeout` (seconds from arrival to the last
+    requests of equal salt. `tenant` is whose it is, for fair shares and quotas; shares of what several
+    tenants want at once go by their `weight`. Of a tenant's waiting requests one of lower `priority` goes first (vLLM's
+    meaning of the number). `timeout` (seconds from arrival to the last
     token) is the client's own deadline, if it is less than the router's. `checkpoint_tokens` is after how many tokens
     another worker gets a copy of the stream's KV, again and again (`policy.checkpoints`); 0: never.
     `race` is how many workers begin to prefill it, of which the first wins (`policy.races`).
@@ -69,6 +70,7 @@ class Request:
     prefer: Preference = Preference.AUTO
     cache_salt: str = ""
     tenant: str = ""
+    weight: float = 1.0
     priority: int = 0
     timeout: float | None = None
     checkpoint_tokens: int = 0

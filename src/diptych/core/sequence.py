@@ -20,7 +20,7 @@ class SequenceStatus(StrEnum):
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One token stream inside a worker. Mutated only by policy, and never while a step that it
-    takes part in is running, so an engine may read it without a copy.
+    takes part in is running, so an engine may read it without a copy (until it has dropped its row).
 
     Attributes:
         token_ids: the log, prompt then output.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from diptych.core.errors import ConfigError
 from diptych.core.fleet import Epoch, Role, WorkerId
 
+MAX_STREAMS = 16  # connections of one link that a target serves
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelSettings:
@@ -98,7 +100,9 @@ class WorkerSettings:
     """`router` is the address to join, `key` the fleet's secret, `run_dir` where sockets live.
 
     `data_host` is this machine's address for pages that come over TCP, encrypted with `tls`; None means the
-    address from which it reaches the router. `grace` is how long (s) it may take to leave once it is told to.
+    address from which it reaches the router. `num_streams` is how many connections, each with a thread, push pages to
+    one other worker (at most MAX_STREAMS; ConfigError otherwise). `grace` is how long (s) it may take to leave once
+    it is told to.
     """
 
     worker_id: WorkerId
@@ -110,9 +114,14 @@ class WorkerSettings:
     transports: tuple[str, ...] = ("shm", "tcp")
     data_host: str | None = "127.0.0.1"
     tls: bool = False
+    num_streams: int = 2
     engine: EngineSettings = field(default_factory=EngineSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     cpu: CpuSettings = field(default_factory=CpuSettings)
     grace: float = 30.0
     journal: str | None = None  # file for a JSONL record of events and actions
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_streams <= MAX_STREAMS:
+            raise ConfigError(f"{self.num_streams} connections to each worker, not between 1 and {MAX_STREAMS}")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, OnLayer
+from diptych.core.ports import AllocateKV, OnLayer, OnLost, Unwanted
 from diptych.core.request import Request, SampledToken, SamplingParams
 from diptych.core.sequence import Batch, ScheduledSequence
 from diptych.core.sequence import Sequence as TokenSequence
@@ -135,24 +135,40 @@ class ScriptedEngine:
         )
         return self._memories
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
+    ) -> list[SampledToken | None]:
         """As the port says. Raises ServingError without KV cache or if a block table is too short."""
         if not self._memories:
             raise ServingError("the engine has no KV cache: allocate_kv comes before the first step")
-        for row in batch.rows:
-            if len(row.sequence.block_table) * self.layout.block_size < row.end:
-                raise ServingError(f"request {row.sequence.request_id} has no block for position {row.end - 1}")
+        left = batch
         for layer in range(self.layout.num_layers):
-            for row in batch.rows:
+            left = _without(left, unwanted)
+            if not left.rows:
+                break
+            for row in left.rows:
+                if len(row.sequence.block_table) * self.layout.block_size < row.end:
+                    raise ServingError(f"request {row.sequence.request_id} has no block for position {row.end - 1}")
                 _write(self._ranks(row, layer), layer, row)
-            if self._sleep is not None:
-                self._sleep(self.step_seconds(batch) / self.layout.num_layers)
+            self._spend(self.step_seconds(left) / self.layout.num_layers, unwanted)
             if on_layer is not None:
                 on_layer(layer)
-        return [self._sample(row) if row.samples else None for row in batch.rows]
+        return [self._sample(row) if row.samples and row in left.rows else None for row in batch.rows]
+
+    def _spend(self, seconds: float, unwanted: Unwanted | None) -> None:
+        """Take that long, if time is to be taken at all, but wake up when rows become unwanted."""
+        if self._sleep is None:
+            return
+        if unwanted is None:
+            self._sleep(seconds)
+        else:
+            unwanted.wait(seconds)
 
     def forget(self, request_id: str) -> None:
         """Nothing is remembered beyond the log."""
+
+    def watch(self, lost: OnLost) -> None:
+        """There is nothing that could break down."""
 
     def close(self) -> None:
         """Let go of the KV memory, which may be mapped by whoever allocated it."""
@@ -195,6 +211,15 @@ def expected_tokens(
         token = _choose(read, sampling, sequence.num_output_tokens, model.eos_every)
         sequence.token_ids.append(token.token_id)
     return sequence.output_token_ids
+
+
+def _without(batch: Batch, unwanted: Unwanted | None) -> Batch:
+    """What is still wanted of a batch; the rest is let go."""
+    request_ids = frozenset() if unwanted is None else unwanted.take()
+    if unwanted is None or not request_ids:
+        return batch
+    unwanted.let_go(request_ids)
+    return Batch(tuple(row for row in batch.rows if row.sequence.request_id not in request_ids))
 
 
 def _entries(token_ids: Sequence[int], first_position: int, layer: int, num_heads: int) -> list[bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, in_words
 from diptych.core.fleet import WorkerId
 from diptych.core.settings import WorkerSettings
 from diptych.engine.threads import thread_environment
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "diptych", "worker-process")
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.25, 8.0  # seconds before a restart, doubling while it keeps dying
 HEALTHY_AFTER = 30.0  # seconds of life after which the back-off starts over
+RESTART_SECONDS = 600.0  # in which a worker that is restarted must be back, its streams moved and its model loaded
 GRACE = 5.0  # seconds between the request to end and SIGKILL
 
 
@@ -37,7 +38,7 @@ class LocalFleet:
         self._started: set[WorkerId] = set()
         self._registered: dict[WorkerId, asyncio.Event] = {}
         self._restarts: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self.failed: asyncio.Future[ConfigError] = asyncio.get_running_loop().create_future()
 
     def start(self) -> None:
@@ -60,7 +61,12 @@ class LocalFleet:
             log.warning("restarting worker %s", worker_id)
             registered = self._registered[worker_id] = asyncio.Event()
             self._signal(worker_id, signal.SIGTERM)
-            await registered.wait()
+            try:
+                async with asyncio.timeout(RESTART_SECONDS):
+                    await registered.wait()
+            except TimeoutError:
+                log.error("worker %s is not back after %.0f s; the others stay as they are", worker_id, RESTART_SECONDS)
+                return
         log.warning("all workers have been restarted")
 
     def kill(self, worker_id: WorkerId) -> None:
@@ -75,7 +81,7 @@ class LocalFleet:
 
     async def stop(self) -> None:
         """End every process: ask, then insist."""
-        self._stopping = True
+        self._stopping.set()
         if self._restarts is not None:
             self._restarts.cancel()
         for worker_id in self._processes:
@@ -90,10 +96,14 @@ class LocalFleet:
     async def _supervise(self, worker_id: WorkerId) -> None:
         backoff = FIRST_BACKOFF
         clock = asyncio.get_running_loop().time
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = clock()
-            code = await self._run(worker_id)
-            if self._stopping:
+            try:
+                code = await self._run(worker_id)
+            except OSError as error:  # no process or descriptor to be had: perhaps later
+                log.error("worker %s cannot be started: %s", worker_id, in_words(error))
+                code = os.EX_OSERR
+            if self._stopping.is_set():
                 return
             if worker_id not in self._started:
                 self._give_up(worker_id, code)
@@ -101,7 +111,9 @@ class LocalFleet:
             if code != 0:  # 0: it has left in good order
                 backoff = FIRST_BACKOFF if clock() - started > HEALTHY_AFTER else min(2 * backoff, LONGEST_BACKOFF)
                 log.warning("worker %s ended (%s); restarting it in %.2f s", worker_id, _how(code), backoff)
-                await asyncio.sleep(backoff)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(backoff):
+                        await self._stopping.wait()
             settings = self._settings[worker_id]
             self._settings[worker_id] = replace(settings, epoch=settings.epoch + 1)
 
@@ -123,7 +135,8 @@ class LocalFleet:
         return await process.wait()
 
     def _give_up(self, worker_id: WorkerId, code: int) -> None:
-        lines = self._log_path(worker_id).read_text(errors="replace").strip().splitlines()
+        path = self._log_path(worker_id)
+        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
         reason = lines[-1].removeprefix("diptych: ") if lines else _how(code)
         if not self.failed.done():
             self.failed.set_result(

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 import diptych
 from diptych.core.errors import DiptychError, RequestError, UnavailableError
-from diptych.core.fleet import WorkerView
+from diptych.core.fleet import Readiness, WorkerView
 from diptych.core.ports import Dispatcher
 from diptych.front.disconnect import ClientGone
 from diptych.front.errors import json_response, on_diptych_error, on_disconnect, on_http_exception, on_unexpected
@@ -144,10 +144,12 @@ class StatusRoutes:
         return json_response({"status": "ok"})
 
     async def ready(self, http: HttpRequest) -> Response:
-        """Whether a request sent now would be served."""
-        if not (self._dispatcher.alive() and self._dispatcher.ready()):
-            raise UnavailableError("not enough workers are ready", retry_after=WORKERS_RETRY_SECONDS)
-        return json_response({"status": "ok"})
+        """Whether a request sent now would be served, and as it is meant to be."""
+        readiness = self._dispatcher.readiness() if self._dispatcher.alive() else Readiness.NO
+        if readiness is Readiness.NO:
+            raise UnavailableError(readiness.reason, retry_after=WORKERS_RETRY_SECONDS)
+        why = {"reason": readiness.reason} if readiness.reason else {}
+        return json_response({"status": readiness} | why)
 
     async def version(self, http: HttpRequest) -> Response:
         return json_response({"version": diptych.__version__})

@@ -60,7 +60,7 @@ class GenerationRoutes:
         self, http: HttpRequest, build: Callable[[dict[str, Any], Caller], Awaitable[GenerationRequest]]
     ) -> Response:
         try:
-            caller = caller_of(http)
+            caller = caller_of(http, self._settings)
             self._dispatcher.check(caller.tenant.name)  # nothing is read in vain
             request = await build(await read_json_object(http, self._settings), caller)
             generation = Generation(request, self._dispatcher, self._codec)
@@ -115,14 +115,14 @@ def writer_for(request: GenerationRequest, codec: TextCodec) -> ChatAnswer | Com
     return ChatAnswer(request, codec) if request.chat else CompletionAnswer(request, codec)
 
 
-def caller_of(http: HttpRequest) -> Caller:
+def caller_of(http: HttpRequest, settings: FrontSettings) -> Caller:
     """Raises RequestError for a header of ours that makes no sense."""
     tenant: Tenant = http.scope.get("state", {}).get("tenant", NOBODY)
     return Caller(
         tenant=tenant,
         prefer=_preference(http),
         timeout=_timeout(http),
-        checkpoint_tokens=_checkpoint_tokens(http),
+        checkpoint_tokens=_checkpoint_tokens(http, settings),
         race=_number(http, RACE_HEADER, f"a number from 1 to {MAX_RACE}", lambda number: 1 <= number <= MAX_RACE),
     )
 
@@ -143,10 +143,14 @@ def _timeout(http: HttpRequest) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-def _checkpoint_tokens(http: HttpRequest) -> int | None:
+def _checkpoint_tokens(http: HttpRequest, settings: FrontSettings) -> int | None:
     """After how many tokens the stream's KV is copied to another worker."""
     meaning = f"a number of tokens, at least {MIN_CHECKPOINT_TOKENS}, or 0 for no copies"
-    return _number(http, CHECKPOINT_HEADER, meaning, lambda number: number == 0 or number >= MIN_CHECKPOINT_TOKENS)
+    tokens = _number(http, CHECKPOINT_HEADER, meaning, lambda number: number == 0 or number >= MIN_CHECKPOINT_TOKENS)
+    if tokens and not settings.copies:
+        message = f"{CHECKPOINT_HEADER}: this server keeps no copies, since its prefix cache is off"
+        raise RequestError(message, param=CHECKPOINT_HEADER, code="unsupported_parameter")
+    return tokens
 
 
 def _number(http: HttpRequest, header: str, meaning: str, accepts: Callable[[int], bool]) -> int | None:

@@ -24,6 +24,7 @@ class FrontSettings:
         write_timeout: seconds in which a client must take what a stream wants to send; then it is cancelled.
         keep_alive_seconds: a stream that has nothing to say for so long sends a comment, lest something on the
             way takes it for dead.
+        copies: whether workers can keep copies of streams' KV: in their prefix caches.
         checkpoint_tokens, race: what the fields of a `Request` are unless a header says otherwise.
     """
 
@@ -34,6 +35,7 @@ class FrontSettings:
     body_timeout: float = 30.0
     write_timeout: float = 60.0
     keep_alive_seconds: float = 15.0
+    copies: bool = True
     checkpoint_tokens: int = 0
     race: int = 1
 

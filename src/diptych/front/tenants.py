@@ -29,7 +29,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from diptych.core.errors import ConfigError
+from diptych.core.errors import ConfigError, in_words
 from diptych.policy.admission import TenantLimits
 
 Name = Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
@@ -118,7 +118,7 @@ def read_tenants(path: Path) -> Tenants:
     try:
         file = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise ConfigError(f"--tenants {path}: {error}") from error
+        raise ConfigError(f"--tenants {path}: {in_words(error)}") from error
     owners: dict[bytes, Tenant] = {}
     limits: dict[str, TenantLimits] = {}
     for entry in file.tenant:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from diptych.core.errors import OverloadedError, UnavailableError
 from diptych.core.request import Request
+from diptych.policy.backlog import Prompt
 from diptych.policy.fair_queue import FairQueue, Waiting
 from diptych.policy.saturation import Room, RoomLimits
 
@@ -119,7 +120,7 @@ class Admission:
             return self._refuse(UnavailableError, "no worker is ready to serve requests", RESTART_SECONDS, "no_worker")
         requests = self._usage[tenant].requests if tenant in self._usage else 0
         queued = self.queue.tokens_of(tenant)
-        wait = self.wait_seconds(tenant, room)
+        wait = self.wait_seconds(Prompt(prompt_tokens, tenant, own.weight), room)
         if own.max_requests is not None and requests >= own.max_requests:
             reason = f"{requests} requests of this key are being served or wait, its limit is {own.max_requests}"
             return self._refuse(OverloadedError, reason, wait, "tenant_requests")
@@ -138,14 +139,14 @@ class Admission:
             return self._refuse(OverloadedError, reason, wait - longest, "queue_full")
         return None
 
-    def wait_seconds(self, tenant: str, room: Room) -> float:
-        """Estimate of how long a request of this tenant would wait for its first token, its own prefill apart:
+    def wait_seconds(self, prompt: Prompt, room: Room) -> float:
+        """Estimate of how long a prompt would wait until it is begun:
         what a worker has been given, and what will leave the queue before it. Of others that is at most what their
         weights entitle them to while the tenant's own requests leave."""
         rate = min(room.prefill_rate, self._drain.rate)
-        weights = {name: self._limits.of(name).weight for name in (*self.queue.backlogged(), tenant)}
-        own = self.queue.tokens_of(tenant) * sum(weights.values()) / weights[tenant]
-        return room.busy_seconds + min(self.queue.prompt_tokens, own) / rate
+        weights = {name: self._limits.of(name).weight for name in (*self.queue.backlogged(), prompt.tenant)}
+        own = self.queue.tokens_of(prompt.tenant) * sum(weights.values()) / prompt.weight
+        return room.busy_seconds(prompt) + min(self.queue.prompt_tokens, own) / rate
 
     def enter(self, request: Request, now: float) -> None:
         """The request is accepted, and waits."""
@@ -153,9 +154,9 @@ class Admission:
         self._usage.setdefault(request.tenant, _Usage()).requests += 1
         self.queue.push(request, now)
 
-    def next(self, room: Room) -> str | None:
-        """The request whose turn it is, if any."""
-        waiting = self.queue.first(lambda tenant: self._within_share(tenant, room))
+    def next(self, room: Room, passed_over: Collection[str] = ()) -> str | None:
+        """The request whose turn it is, if any, among all tenants but those."""
+        waiting = self.queue.first(lambda tenant: tenant not in passed_over and self._within_share(tenant, room))
         return None if waiting is None else waiting.request_id
 
     def start(self, request_id: str, now: float) -> None:

@@ -39,7 +39,7 @@ class Attempts:
     def pending(self) -> list[Pending]:
         """Attempts that have been given to workers and have no first token yet."""
         return [
-            Pending(live.route.prefill or live.route.decode, live.route.decode, live.prefill_tokens)
+            Pending(live.route.prefill or live.route.decode, live.route.decode, live.prefill)
             for live in self.running.values()
             if live.route is not None and live.prefill_tokens
         ]

@@ -4,16 +4,21 @@ There are no phases, only one rule: every sequence's computed tokens catch up wi
 sequence that decodes is one token behind, a prompt is many behind, and a preempted sequence starts over
 with its whole log, outputs included.
 
-Everything goes by age, the order in which sequences came (first come, first served):
+Prompts go by turns, which are fair among tenants and the order of arrival within each (`policy.fair_turns`):
 
 * Decodes go first, so a long prompt never stalls a running stream; prompts share what is left of the
-  token budget, oldest first. `max_sequences < max_batch_tokens` guarantees that something is left.
-* Up to half of that goes to prompts much shorter than what the oldest still lacks. So they need not wait until
+  token budget, in order of their turns. `max_sequences < max_batch_tokens` guarantees that something is left.
+* Up to half of that goes to prompts much shorter than what the first one still lacks. So they need not wait until
   a long one is done, which takes at most twice as long for it.
+* While several tenants bring prompts, those that are not behind get half of a step at most, so that steps are short
+  for whoever comes next. On one tenant's own nothing is kept back.
 * A waiting sequence gets blocks for its whole log at once. So a prefill, once begun, never stops for lack
   of blocks, and two half-computed prompts cannot block each other. Only decodes grow later.
 * It is admitted only if one block per running sequence stays free: they can all go on for a while without
-  taking the newcomer's blocks away again. Nobody overtakes the oldest waiting sequence.
+  taking the newcomer's blocks away again. Nobody overtakes the first waiting sequence.
+
+Blocks go by age, the order in which sequences came:
+
 * A decode that finds no block takes those of the youngest sequence that is not pinned. So the oldest
   always gets on, and every sequence becomes the oldest in the end.
 """
@@ -21,13 +26,17 @@ Everything goes by age, the order in which sequences came (first come, first ser
 from __future__ import annotations
 
 import bisect
+import math
+from collections import deque
 from dataclasses import dataclass
 
 from diptych.core.blocks import BlockId, blocks_for, extend_block_hashes
 from diptych.core.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from diptych.policy.backlog import SHORT
 from diptych.policy.block_pool import BlockPool, OutOfBlocks
+from diptych.policy.fair_turns import FairTurns
 
-SHORT = 4  # how many times shorter a prompt is that may share the steps of a longer, older one
+CREDIT_STEPS = 2  # steps' worth of prompts that a tenant which stays below its share may bring at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +74,12 @@ class Scheduler:
         self.num_preemptions = 0
         self._pool = pool
         self._limits = limits
-        self._waiting: list[Sequence] = []  # oldest first, as is _running
-        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []  # in order of turn
+        self._running: list[Sequence] = []  # oldest first
         self._age: dict[Sequence, int] = {}  # of the sequences in either list: less is older
         self._next_age = 0
+        self._turns = FairTurns(CREDIT_STEPS * limits.max_batch_tokens)
+        self._turn: dict[Sequence, tuple[float, int]] = {}  # of the same sequences; of equal turns the older is first
         self._admitted: set[Sequence] = set()  # have run before: their num_cached_tokens is settled
 
     @property
@@ -78,7 +89,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Sequences that wait for blocks or for their turn, oldest first."""
+        """Sequences that wait for blocks or for their turn, which is their order."""
         return tuple(self._waiting)
 
     @property
@@ -96,23 +107,24 @@ class Scheduler:
         """Whether a log of `num_tokens` tokens fits into this worker at all."""
         return blocks_for(num_tokens, self._pool.block_size) <= self._pool.num_blocks
 
-    def add(self, sequence: Sequence, *, front: bool = False) -> None:
-        """Queue a sequence without KV, as the youngest; with `front`, as the oldest.
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence without KV, as the youngest.
 
         Raises OutOfBlocks if it does not fit (`fits`) and so would wait for ever.
         """
         if not self.fits(sequence.num_tokens):
             raise OutOfBlocks(f"{sequence.num_tokens} tokens do not fit {self._pool.num_blocks} blocks")
-        self._age[sequence] = min(self._age.values(), default=0) - 1 if front else self._take_age()
+        to_compute = sequence.num_tokens - len(self._cached(sequence)) * self._pool.block_size
+        self._enrol(sequence, self._turns.turn(sequence.request, to_compute))
         sequence.status = SequenceStatus.WAITING
-        self._insert(self._waiting, sequence)
+        self._wait(sequence)
 
     def join(self, sequence: Sequence) -> None:
         """Take in, as the youngest, a sequence whose KV is in place: its block table holds what is computed.
 
         It runs at once, even if more than `max_sequences` run then; the oldest of them take part in steps.
         """
-        self._age[sequence] = self._take_age()
+        self._enrol(sequence, self._turns.start(sequence.request.tenant))
         self._admitted.add(sequence)
         sequence.status = SequenceStatus.RUNNING
         self._running.append(sequence)
@@ -134,41 +146,51 @@ class Scheduler:
         self.preempted, self.starved = [], []
         taking_part = self._running[: self._limits.max_sequences]
         rows = [_share(sequence, 1) for sequence in taking_part if _decodes(sequence) and self._grow(sequence)]
-        budget = self._limits.max_batch_tokens - len(rows)
-        prompts = [sequence for sequence in taking_part if _prefills(sequence)]
-        short = self._schedule_short(prompts, budget)
-        rows += short
-        budget -= sum(row.num_tokens for row in short)
-        scheduled = {row.sequence for row in short}
-        for sequence in prompts:
-            if budget > 0 and sequence not in scheduled:
+        rows += self._schedule_prompts(taking_part, self._limits.max_batch_tokens - len(rows))
+        return Batch(tuple(rows)) if rows else None
+
+    def _schedule_prompts(self, taking_part: list[Sequence], budget: int) -> list[ScheduledSequence]:
+        """Shares of `budget` tokens, in order of turns, for those that take part and those that wait."""
+        running = sorted(filter(_prefills, taking_part), key=self._turn.__getitem__)
+        left = deque(running)
+        kept = budget // 2 if self._turns.are_shared else 0  # for tenants that are behind
+        rows: list[ScheduledSequence] = []
+        while budget > 0 and (sequence := self._next_prompt(left)) is not None:
+            if any(row.sequence is sequence for row in rows):
+                continue
+            rest = budget if self._turns.is_behind(self._position(sequence)) else budget - kept
+            if not rows and rest < sequence.num_uncomputed_tokens:
+                rows = self._schedule_short(sequence, running, rest // 2)
+                rest -= sum(row.num_tokens for row in rows)
+                budget -= sum(row.num_tokens for row in rows)
+            if rest > 0:
+                rows.append(_share(sequence, rest))
+                budget -= rows[-1].num_tokens
+        return rows
+
+    def _next_prompt(self, running: deque[Sequence]) -> Sequence | None:
+        """Whose turn it is: the first of `running`, or of those that wait if that comes before and there is room."""
+        if self._waiting and (not running or self._turn[self._waiting[0]] < self._turn[running[0]]):
+            admitted = self._admit_first()
+            if admitted is not None:
+                return admitted
+        return running.popleft() if running else None
+
+    def _schedule_short(self, first: Sequence, running: list[Sequence], budget: int) -> list[ScheduledSequence]:
+        """Shares of prompts that are short beside what `first` still lacks, those that come next in the queue
+        included."""
+        limit = first.num_uncomputed_tokens // SHORT
+        rows: list[ScheduledSequence] = []
+        for sequence in running:
+            if budget > 0 and sequence is not first and sequence.num_uncomputed_tokens <= limit:
                 rows.append(_share(sequence, budget))
                 budget -= rows[-1].num_tokens
-        while budget > 0 and len(self._running) < self._limits.max_sequences:
-            admitted = self._admit_oldest()
+        while budget > 0 and self._waiting and self._waiting[0].num_tokens <= limit:
+            admitted = self._admit_first()
             if admitted is None:
                 break
             rows.append(_share(admitted, budget))
             budget -= rows[-1].num_tokens
-        return Batch(tuple(rows)) if rows else None
-
-    def _schedule_short(self, prompts: list[Sequence], budget: int) -> list[ScheduledSequence]:
-        """Shares of prompts that are short beside what the oldest one still lacks, those that come next in the queue
-        included. There are none if the oldest is finished with this step."""
-        if not prompts or prompts[0].num_uncomputed_tokens <= budget:
-            return []
-        limit, spare = prompts[0].num_uncomputed_tokens // SHORT, budget // 2
-        rows: list[ScheduledSequence] = []
-        for sequence in prompts[1:]:
-            if spare > 0 and sequence.num_uncomputed_tokens <= limit:
-                rows.append(_share(sequence, spare))
-                spare -= rows[-1].num_tokens
-        while spare > 0 and self._waiting and self._waiting[0].num_tokens <= limit:
-            admitted = self._admit_oldest() if len(self._running) < self._limits.max_sequences else None
-            if admitted is None:
-                break
-            rows.append(_share(admitted, spare))
-            spare -= rows[-1].num_tokens
         return rows
 
     def complete(self, batch: Batch) -> None:
@@ -180,6 +202,7 @@ class Scheduler:
             extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
             for index in range(row.start // block_size, row.end // block_size):
                 self._pool.register(sequence.block_table[index], sequence.block_hashes[index])
+        self._count_turns(batch)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its newest token needs, if need be at the expense of
@@ -206,13 +229,13 @@ class Scheduler:
             self.starved.append(sequence)
             return
         sequence.status = SequenceStatus.WAITING
-        self._insert(self._waiting, sequence)
+        self._wait(sequence)
         self.preempted.append(sequence)
         self.num_preemptions += 1
 
-    def _admit_oldest(self) -> Sequence | None:
-        """Let the oldest waiting sequence run, with blocks for its whole log; None if it has to wait on."""
-        if not self._waiting:
+    def _admit_first(self) -> Sequence | None:
+        """Let the first waiting sequence run, with blocks for its whole log; None if it has to wait on."""
+        if len(self._running) >= self._limits.max_sequences:
             return None
         sequence, pool = self._waiting[0], self._pool
         cached = self._match(sequence)
@@ -229,7 +252,8 @@ class Scheduler:
             self._admitted.add(sequence)
             sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.status = SequenceStatus.RUNNING
-        self._insert(self._running, self._waiting.pop(0))
+        del self._waiting[0]
+        bisect.insort(self._running, sequence, key=self._age.__getitem__)
         return sequence
 
     def _match(self, sequence: Sequence) -> list[BlockId] | None:
@@ -238,28 +262,45 @@ class Scheduler:
         None if the next block after them is being computed by somebody else right now: a step later
         it can be shared, so of several requests with one prompt only the first computes it.
         """
-        block_size = self._pool.block_size
-        extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
-        wanted = sequence.block_hashes[: (sequence.num_tokens - 1) // block_size]
-        cached = self._pool.match(wanted)
+        cached = self._cached(sequence)
         index = len(cached)
-        if self._pool.prefix_caching and index < len(wanted):
+        missing = sequence.block_hashes[index : index + 1]
+        if self._pool.prefix_caching and index < (sequence.num_tokens - 1) // self._pool.block_size:
             for other in self._running:
-                unfinished = _prefills(other) and other.num_computed_tokens < (index + 1) * block_size
-                if unfinished and other.block_hashes[index : index + 1] == [wanted[index]]:
+                unfinished = _prefills(other) and other.num_computed_tokens < (index + 1) * self._pool.block_size
+                if unfinished and other.block_hashes[index : index + 1] == missing:
                     return None
         return cached
 
-    def _take_age(self) -> int:
-        self._next_age += 1
-        return self._next_age
+    def _cached(self, sequence: Sequence) -> list[BlockId]:
+        """The leading blocks of its log that the cache has now, but for one token."""
+        block_size = self._pool.block_size
+        extend_block_hashes(sequence.block_hashes, sequence.token_ids, block_size, salt=sequence.request.cache_salt)
+        return self._pool.match(sequence.block_hashes[: (sequence.num_tokens - 1) // block_size])
 
-    def _insert(self, sequences: list[Sequence], sequence: Sequence) -> None:
-        bisect.insort(sequences, sequence, key=self._age.__getitem__)
+    def _count_turns(self, batch: Batch) -> None:
+        """Tell the turns how far a step has brought the prompts."""
+        computed = (row.sequence for row in batch.rows if row.num_tokens > 1)
+        prompts = {*computed, *self._waiting, *filter(_prefills, self._running)}
+        self._turns.reached(min(map(self._position, prompts), default=-math.inf))
+
+    def _position(self, sequence: Sequence) -> float:
+        """How far its tenant has come with it, in the time of turns."""
+        return self._turn[sequence][0] - sequence.num_uncomputed_tokens / sequence.request.weight
+
+    def _enrol(self, sequence: Sequence, turn: float) -> None:
+        """It is the youngest."""
+        self._next_age += 1
+        self._age[sequence] = self._next_age
+        self._turn[sequence] = turn, self._next_age
+
+    def _wait(self, sequence: Sequence) -> None:
+        bisect.insort(self._waiting, sequence, key=self._turn.__getitem__)
 
     def _forget(self, sequence: Sequence) -> None:
         if self._age.pop(sequence, None) is None:
             return
+        del self._turn[sequence]
         self._admitted.discard(sequence)
         for sequences in (self._running, self._waiting):
             if sequence in sequences:

@@ -13,16 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Generic, TypeVar
 
+from diptych.core.fleet import BreakerState
+
 K = TypeVar("K", bound=Hashable)
-
-
-class BreakerState(StrEnum):
-    CLOSED = "closed"
-    OPEN = "open"
-    HALF_OPEN = "half-open"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +61,10 @@ class Breakers(Generic[K]):
         breaker = self._breakers.get(key)
         return BreakerState.CLOSED if breaker is None else breaker.state(now)
 
+    def states(self, now: float) -> dict[K, BreakerState]:
+        """Of all that have failed lately."""
+        return {key: breaker.state(now) for key, breaker in self._breakers.items()}
+
     def failed(self, key: K, now: float, *, fatal: bool = False) -> None:
         """One stream has failed by its fault. A `fatal` one opens the breaker at once, as does a failed probe."""
         breaker = self._breakers.setdefault(key, _Breaker())
@@ -89,14 +88,16 @@ class Breakers(Generic[K]):
             breaker.failures = 0
 
     def probe(self, key: K) -> None:
-        """A probe is under way."""
-        self._breakers[key].probing = True
+        """A probe is under way: of somebody who failed, or of somebody new, whose breaker stays closed until then."""
+        self._breakers.setdefault(key, _Breaker()).probing = True
 
     def probe_succeeded(self, key: K) -> None:
         """Trust is back."""
         breaker = self._breakers.get(key)
         if breaker is not None and breaker.probing:
             breaker.closed, breaker.probing, breaker.failures = True, False, 0
+            if not breaker.openings:
+                self.forget(key)  # it has never failed
 
     def probe_lost(self, key: K) -> None:
         """Nobody will know how the probe would have gone."""

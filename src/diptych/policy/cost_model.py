@@ -32,7 +32,7 @@ class CostModel:
     pipelined_share: float = 0.125
     stall_weight: float = 4.0
 
-    def prefill_seconds(self, worker: WorkerView, num_tokens: int) -> float:
+    def prefill_seconds(self, worker: WorkerView, num_tokens: float) -> float:
         """Time to compute the KV of `num_tokens` tokens on this worker, alone."""
         return num_tokens / (worker.stats.prefill_rate or self.prefill_rate)
 

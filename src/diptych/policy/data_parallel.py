@@ -20,6 +20,7 @@ from diptych.core.events import (
     LinkLost,
     PrefillRequested,
     ReserveRequested,
+    RowsDropped,
     ServeRequested,
     StepFailed,
     StepFinished,
@@ -42,6 +43,7 @@ class DataParallelPolicy:
         self.ranks = tuple(ranks)
         self.rates = StepRates()
         self._in_flight: list[Batch] | None = None  # each rank's share, while a step runs
+        self._is_whole = True  # no row of it was dropped
         self._holders: Counter[BlockHash] = Counter()  # by how many ranks a block is cached
 
     def handle(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
@@ -51,6 +53,9 @@ class DataParallelPolicy:
                 actions = self._step_finished(event, now)
             case StepFailed():
                 actions = self._step_failed(event, now)
+            case RowsDropped():
+                self._is_whole = False
+                actions = [action for rank in self.ranks for action in rank.take(event, now)]
             case Tick():
                 actions = [action for rank in self.ranks for action in rank.take(event, now)]
             case _:
@@ -98,7 +103,7 @@ class DataParallelPolicy:
             shares.append(share)
         whole = Batch(tuple(row for share in shares for row in share.rows))
         if whole.rows:
-            self._in_flight = shares
+            self._in_flight, self._is_whole = shares, True
             actions.append(RunStep(whole, tuple(pushes)))
         return actions
 
@@ -111,7 +116,8 @@ class DataParallelPolicy:
 
     def _step_finished(self, event: StepFinished, now: float) -> list[WorkerAction]:
         shares = self._step_over()
-        self.rates.observe(Batch(tuple(row for _, share in shares for row in share.rows)), event.seconds)
+        if self._is_whole:
+            self.rates.observe(Batch(tuple(row for _, share in shares for row in share.rows)), event.seconds)
         actions: list[WorkerAction] = []
         start = 0
         for rank, share in shares:
@@ -185,7 +191,7 @@ def _request_id(event: WorkerEvent) -> str:
             return request.request_id
         case LinkLost(_, request_ids):
             return request_ids[0]
-        case StepFinished() | StepFailed() | Tick():
+        case StepFinished() | StepFailed() | RowsDropped() | Tick():
             raise ValueError(f"a {type(event).__name__} does not concern one request")
         case _:
             return event.request_id

@@ -33,15 +33,16 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import RouterStats, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import Readiness, RouterStats, WorkerId, WorkerView
 from diptych.core.request import Request, TokenOutput
 from diptych.core.timeline import Timeline
 from diptych.policy.admission import RESTART_SECONDS, Admission, AdmissionLimits
 from diptych.policy.attempts import Attempts
 from diptych.policy.deadlines import TOTAL_TIMEOUT, Wait
+from diptych.policy.departures import Departures
 from diptych.policy.health import Health
 from diptych.policy.live_request import LiveRequest
-from diptych.policy.placement import Place, Placement
+from diptych.policy.placement import Placement
 from diptych.policy.prefix_index import PrefixIndex
 from diptych.policy.races import Races
 from diptych.policy.recovery import POISON, POISON_CRASHES, SETTLE_SECONDS, Fault, RecoverySettings, fault
@@ -57,7 +58,6 @@ class RouterPolicy:
     Attributes:
         live: accepted requests that have not ended, by id. (Shadows are not among them.)
         ignored: messages about requests that are over, and tokens that came twice.
-        moved: streams handed over by workers that leave.
     """
 
     def __init__(
@@ -70,14 +70,13 @@ class RouterPolicy:
         settings = recovery or RecoverySettings()
         self.live: dict[str, LiveRequest] = {}
         self.ignored = 0
-        self.moved = 0
         self.health = Health(settings.worker, settings.pair)
         self._placement = Placement(routing, index or PrefixIndex(capacity=1 << 20))
         self._budget = RetryBudget()
         self._attempts = Attempts(self._placement, self.health, self._budget)
-        self._shadows = Shadows(self._attempts, self._placement, self.health, settings.deadlines)
+        self._shadows = Shadows(self._attempts, self._placement, self.health, settings)
         self._races = Races(self._attempts)
-        self._draining: dict[WorkerId, float] = {}  # since when
+        self._departures = Departures(self._attempts, settings.deadlines)
         self._limits = limits or AdmissionLimits()
         self.admission = Admission(self._limits)
         self._deadlines = settings.deadlines
@@ -130,16 +129,24 @@ class RouterPolicy:
         """Attempts after the first."""
         return self._attempts.retried
 
-    def stats(self) -> RouterStats:
+    @property
+    def moved(self) -> int:
+        """Streams handed over by workers that leave."""
+        return self._departures.moved
+
+    def stats(self, now: float) -> RouterStats:
         waiting = len(self.admission.queue) + len(self._attempts.waiting)
         return RouterStats(
             running=len(self.live) - waiting,
             waiting=waiting,
             waiting_tokens=self.admission.queue.prompt_tokens,
             retried=self.retried,
+            moved=self.moved,
             checkpoints=self._shadows.checkpoints.taken,
             checkpoint_tokens=self._shadows.checkpoints.tokens,
             ignored=self.ignored,
+            worker_breakers=self.health.workers.states(now),
+            pair_breakers=self.health.pairs.states(now),
         )
 
     def loads(self) -> dict[WorkerId, WorkerLoad]:
@@ -153,6 +160,10 @@ class RouterPolicy:
     def serving(self) -> list[WorkerView]:
         """Workers that get clients' requests: ready, and trusted."""
         return self._attempts.trusted()
+
+    def readiness(self) -> Readiness:
+        """A pair, or a worker that does both, is ready and trusted; of pairs, one that has handed KV over."""
+        return self._shadows.paths.readiness(self.serving(), self.health.pairs.blocked())
 
     def transport(self, prefill: WorkerView, decode: WorkerView) -> str | None:
         """How pages would go from one worker to another, if at all."""
@@ -173,6 +184,7 @@ class RouterPolicy:
         if error is not None:
             return [DeliverFailure(request.request_id, error)]
         self._budget.request(now)
+        request = replace(request, weight=self._limits.of(request.tenant).weight)
         self.live[request.request_id] = LiveRequest(request, Timeline(arrived=now), now)
         self.admission.enter(request, now)
         return self._start_waiting(now)
@@ -182,11 +194,15 @@ class RouterPolicy:
         actions: list[RouterAction] = []
         for request_id, error in self.admission.expired(now):
             actions += self._give_up(self.live[request_id], error, now)
-        while (next_id := self.admission.next(room := self._room())) is not None:
+        have_enough: set[str] = set()  # tenants
+        while (next_id := self.admission.next(room := self._room(), have_enough)) is not None:
             live = self.live[next_id]
             place = self._attempts.place(live)
-            if place is None or not room.fits(place.route, live.num_tokens):
+            if place is None or not room.fits(place.route, live.prompt):
                 break  # where it is served best they are busy: that is sooner done than what is second best
+            if room.has_enough(place.route, live.prompt):
+                have_enough.add(live.request.tenant)
+                continue
             self.admission.start(next_id, now)
             actions += [self._attempts.begin(live, place, now), *self._races.start(live, self._room, now)]
         return actions
@@ -299,17 +315,15 @@ class RouterPolicy:
     # workers
 
     def _worker_updated(self, view: WorkerView, now: float) -> list[RouterAction]:
+        if view.worker_id not in self.workers:
+            self._shadows.paths.joined(view.worker_id)
         self.workers[view.worker_id] = view
-        if view.state is not WorkerState.DRAINING:
-            self._draining.pop(view.worker_id, None)
-        elif view.worker_id not in self._draining:
-            self._draining[view.worker_id] = now
-            return self._move_off(view, now)
-        return []
+        return self._departures.updated(view, now)
 
     def _worker_gone(self, worker_id: WorkerId, now: float) -> list[RouterAction]:
         self.workers.pop(worker_id, None)
-        died = self._draining.pop(worker_id, None) is None
+        self._shadows.paths.gone(worker_id)
+        died = not self._departures.gone(worker_id)
         self._placement.index.forget_worker(worker_id)
         self.health.gone(worker_id, now, died=died)
         for live in self.live.values():
@@ -326,32 +340,11 @@ class RouterPolicy:
             actions += self._continue(live, f"worker {worker_id} was lost", now, failed_on=worker_id)
         return actions
 
-    def _move_off(self, source: WorkerView, now: float) -> list[RouterAction]:
-        """Streams of a worker that leaves go on elsewhere: with their KV as soon as all of it is there, without it
-        when they have had their time."""
-        overtime = now - self._draining[source.worker_id] > self._deadlines.drain
-        actions: list[RouterAction] = []
-        for live in list(self._attempts.running.values()):
-            if live.shadow is not None or not live.needs(source.worker_id):
-                continue
-            place: Place | None = None
-            if live.decodes:
-                live.kv_at[source.worker_id] = live.num_tokens - 1
-                place = self._attempts.onward(live, source)
-            if place is None and overtime:
-                place = self._attempts.place(live)
-            if place is not None:
-                self.moved += 1
-                actions += self._attempts.move(live, place, now)
-        return actions
-
     # deadlines
 
     def _tick(self, now: float) -> list[RouterAction]:
         self.health.prune(now)
-        actions: list[RouterAction] = []
-        for worker_id in list(self._draining):
-            actions += self._move_off(self.workers[worker_id], now)
+        actions = self._departures.tick(self.workers, now)
         for live in list(self.live.values()):
             actions += self._check_deadlines(live, now)
         return actions + self._shadows.check_deadlines(now)

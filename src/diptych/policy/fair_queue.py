@@ -1,9 +1,10 @@
 """Requests that wait for room in the fleet, and whose turn it is.
 
 Among tenants: start-time fair queueing (Goyal, Vin, Cheng 1996). Every tenant has a virtual time that grows by
-cost / weight with each of its requests that leaves; the backlogged tenant with the least goes next. So while two
-tenants both wait, what they got differs from their weights by at most one request each, however many requests
-one of them sends. The cost of a request is what it may take: prompt and `max_tokens`.
+cost / weight with each of its requests that leaves; the backlogged tenant with the least goes next (of equals the one
+whose request came first). So while two tenants both wait, what they got differs from their weights by at most one
+request each, however many requests one of them sends. The cost of a request is what it may take: prompt and
+`max_tokens`.
 
 Within a tenant: order of arrival, but each step of priority is worth `aging_seconds` of waiting. A request can
 only be overtaken by those that come less than (difference in priority) x `aging_seconds` after it.
@@ -93,14 +94,16 @@ class FairQueue:
 
     def first(self, eligible: Callable[[str], bool] = lambda tenant: True) -> Waiting | None:
         """Whose turn it is among tenants that are `eligible`; None if none of theirs waits."""
-        backlogged = filter(eligible, self.backlogged())
-        chosen = min(backlogged, key=lambda name: (self._tenants[name].virtual, name), default=None)
-        if chosen is None:
-            return None
-        heap = self._tenants[chosen].heap
-        while heap[0][2] not in self._waiting:
-            heapq.heappop(heap)
-        return self._waiting[heap[0][2]]
+        heads = [self._head(self._tenants[name]) for name in filter(eligible, self.backlogged())]
+        _, _, request_id = min(heads, default=(0.0, 0, None))
+        return None if request_id is None else self._waiting[request_id]
+
+    def _head(self, tenant: _Tenant) -> tuple[float, int, str]:
+        """Of a tenant that waits: its virtual time, and the number and name of its next request."""
+        while tenant.heap[0][2] not in self._waiting:
+            heapq.heappop(tenant.heap)
+        _, arrival, request_id = tenant.heap[0]
+        return tenant.virtual, arrival, request_id
 
     def take(self, request_id: str) -> Waiting:
         """The request leaves to be served, at its tenant's expense. Raises KeyError if it does not wait.
@@ -137,9 +140,7 @@ class FairQueue:
         if len(tenant.heap) > 2 * tenant.size + 16:
             tenant.heap = [entry for entry in tenant.heap if entry[2] in self._waiting]
             heapq.heapify(tenant.heap)
-        if not self._waiting:  # nobody competes any more: the next busy period begins with equal chances
-            self._tenants.clear()
-        elif tenant.size == 0:
+        if tenant.size == 0:
             tenant.heap.clear()
             self._forget_idle()
 

@@ -79,7 +79,7 @@ class TargetHandoffs:
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Room for the whole log and, unless the worker is empty, one block for each running sequence
-        to grow into and enough for the oldest local prompt: else the newcomer causes a preemption.
+        to grow into and enough for the local prompt whose turn it is: else the newcomer causes a preemption.
 
         Cached blocks are counted as needed too, since reviving them takes them from the free ones."""
         scheduler, pool = self._scheduler, self._pool

@@ -8,6 +8,7 @@ from diptych.core.actions import ReserveBlocks, RouterAction, StartLocal, StartP
 from diptych.core.fleet import Route, WorkerId
 from diptych.core.request import Request, TokenOutput
 from diptych.core.timeline import Timeline
+from diptych.policy.backlog import Prompt
 from diptych.policy.deadlines import Wait
 
 Pair = tuple[WorkerId, WorkerId]  # (prefill, decode)
@@ -117,6 +118,16 @@ class LiveRequest:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def prompt(self) -> Prompt:
+        """All of the log, as there is to compute where nothing of it is cached."""
+        return Prompt(self.num_tokens, self.request.tenant, self.request.weight)
+
+    @property
+    def prefill(self) -> Prompt:
+        """What the prefilling worker still owes."""
+        return replace(self.prompt, tokens=self.prefill_tokens)
+
+    @property
     def workers(self) -> tuple[WorkerId, ...]:
         """Everybody who may hold blocks for it."""
         if self.wait is Wait.QUEUE or self.route is None:
@@ -185,7 +196,6 @@ class LiveRequest:
         self.began = now
         self.route, self.prefill_tokens = route, prefill_tokens
         self.num_resumed = len(self.output_token_ids)
-        self.early.clear()
         request, outputs = replace(self.request, request_id=self.attempt_id), tuple(self.output_token_ids)
         if route.prefill is None:
             self.waits_for(Wait.FIRST_TOKEN, now)

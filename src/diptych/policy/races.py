@@ -30,7 +30,7 @@ class Races:
         taken = [stream.prefiller]
         while len(stream.rivals) + 1 < stream.request.race:
             place = self._attempts.place(stream, avoid=[worker for worker in taken if worker is not None])
-            if place is None or not room().fits(place.route, stream.num_tokens):
+            if place is None or not room().takes(place.route, stream.prompt):
                 break
             request = replace(stream.request, request_id=f"{stream.request.request_id}~race{len(taken)}")
             rival = LiveRequest(request, Timeline(arrived=now), now, shadow=Rival(stream))

@@ -66,8 +66,11 @@ def fault(code: str, split: bool) -> Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoverySettings:
-    """Limits of waiting and of trust. A pair's breaker opens at its first failure: others are there instead."""
+    """Limits of waiting and of trust. A pair's breaker opens at its first failure: others are there instead.
+
+    `try_paths` says that new workers hand a canary's KV over before a client's request has to (`policy.kv_paths`)."""
 
     deadlines: Deadlines = field(default_factory=Deadlines)
     worker: BreakerSettings = field(default_factory=BreakerSettings)
     pair: BreakerSettings = field(default_factory=lambda: BreakerSettings(failures=1))
+    try_paths: bool = False

@@ -128,13 +128,14 @@ def _layers(source: SequenceKV, target: SequenceKV, tokens: range) -> Iterator[L
     pairs = head_pairs(ours, theirs)
     ranges = _ranges_of_pairs(source, target, tokens, pairs)
     # A shard of several ranks is one head, which `theirs.replication` ranks read.
-    take_turns = theirs.replication % ours.replication != 0
+    replication = ours.replication
+    take_turns = theirs.replication % replication != 0
     for layer in range(ours.num_layers):
         source_base = ours.rank(source.data_rank, ours.stage_of(layer), 0)
         target_base = theirs.rank(target.data_rank, theirs.stage_of(layer), 0)
         for pair, spans in zip(pairs, ranges, strict=True):
-            replica = (pair.reader + take_turns * layer) % ours.replication
-            source_rank = source_base + pair.source_shard * ours.replication + replica
+            replica = (pair.reader + take_turns * layer) % replication
+            source_rank = source_base + pair.source_shard * replication + replica
             yield LayerTransfer(layer, source_rank, target_base + pair.target_tensor_rank, spans)
 
 
@@ -156,12 +157,16 @@ def _ranges_of_pairs(
 
 
 def _runs(source: SequenceKV, target: SequenceKV, tokens: range) -> list[_Run]:
-    def address(kv: SequenceKV, token: int) -> int:
-        block, slot = kv.place(token)
-        return block * kv.layout.block_bytes + kv.layout.offset(0, 0, slot)
+    runs = list(token_runs(tokens, source.layout.block_size, target.layout.block_size))
+    ours, theirs = (_addresses(kv, [run.start for run in runs]) for kv in (source, target))
+    return list(zip(ours, theirs, map(len, runs), strict=True))
 
-    runs = token_runs(tokens, source.layout.block_size, target.layout.block_size)
-    return [(address(source, run.start), address(target, run.start), len(run)) for run in runs]
+
+def _addresses(kv: SequenceKV, tokens: Sequence[int]) -> list[int]:
+    """Where the first vectors of these tokens lie."""
+    block_bytes, vector_bytes = kv.layout.block_bytes, kv.layout.vector_bytes
+    places = map(kv.place, tokens)
+    return [block * block_bytes + slot * vector_bytes for block, slot in places]
 
 
 class _Pieces:

@@ -7,11 +7,12 @@ from diptych.core.fleet import Route, WorkerId, WorkerView
 from diptych.policy.attempts import Attempts
 from diptych.policy.canary import canary
 from diptych.policy.checkpoints import TICKET_SECONDS, Checkpoints
-from diptych.policy.deadlines import Deadlines, Wait
+from diptych.policy.deadlines import Wait
 from diptych.policy.health import Health
+from diptych.policy.kv_paths import KVPaths
 from diptych.policy.live_request import Checkpoint, LiveRequest, Pair, Probe, Rival
 from diptych.policy.placement import Place, Placement
-from diptych.policy.recovery import Fault, fault
+from diptych.policy.recovery import Fault, RecoverySettings, fault
 
 
 class Shadows:
@@ -19,23 +20,27 @@ class Shadows:
 
     Attributes:
         checkpoints: the books of copies.
+        paths: which pairs have handed KV over.
     """
 
-    def __init__(self, attempts: Attempts, placement: Placement, health: Health, deadlines: Deadlines) -> None:
+    def __init__(self, attempts: Attempts, placement: Placement, health: Health, settings: RecoverySettings) -> None:
         self._attempts = attempts
         self._placement = placement
         self._health = health
-        self._deadlines = deadlines
+        self._deadlines = settings.deadlines
+        self.paths = KVPaths(settings.try_paths)
         self.checkpoints = Checkpoints(attempts, placement)
         self._num_canaries = 0
 
     def probe(self, now: float) -> list[RouterAction]:
-        """Send a canary to whoever has been out of use for long enough."""
-        if self._health.all_well:
+        """Send a canary to whoever has been out of use for long enough, and over pairs that are new."""
+        if self._health.all_well and not self.paths.untried:
             return []
         ready = {worker.worker_id: worker for worker in self._placement.ready()}
+        due = self._health.due(ready, now)
+        due += self.paths.due(self._attempts.trusted(), self._placement.transport, self._health.pairs.blocked())
         actions: list[RouterAction] = []
-        for target in self._health.due(ready, now):
+        for target in due:
             route = self._route_to(target, ready)
             if route is not None:
                 self._num_canaries += 1
@@ -60,8 +65,12 @@ class Shadows:
         match live.shadow:
             case None:
                 self._health.served(live)
+                if live.pair is not None and live.handed_over:
+                    self.paths.succeeded(live.pair)
             case Probe(target):
                 self._health.probed(target, True, now)
+                if isinstance(target, tuple):
+                    self.paths.succeeded(target)
             case Checkpoint(stream):
                 self.checkpoints.ended(live, stream, ok=True)
 
@@ -72,6 +81,8 @@ class Shadows:
         match live.shadow:
             case Probe(target):
                 self._health.probed(target, False, now)
+                if isinstance(target, tuple):
+                    self.paths.failed(target)
             case Checkpoint(stream):
                 self.checkpoints.ended(live, stream, ok=False)
             case Rival(stream):

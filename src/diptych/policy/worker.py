@@ -7,7 +7,8 @@
                                             RunStep, PushPages, GrantTicket, SendTokens, ...
 
 There is one step in flight at most. Whatever would take blocks from a sequence of that step waits until
-the step is over, so an engine may read sequences without a copy.
+the step is over, so an engine may read sequences without a copy; or until the engine has said that it goes on
+without that sequence (DropRow, RowsDropped).
 
 With data-parallel attention each data-parallel rank has a brain like this one, and `policy.data_parallel`
 keeps them in step.
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import compress
 
 from diptych.core.actions import (
+    DropRow,
     ForgetRequest,
     PushPages,
     RunStep,
@@ -39,6 +42,7 @@ from diptych.core.events import (
     PushRejected,
     PushStopped,
     ReserveRequested,
+    RowsDropped,
     ServeRequested,
     StepFailed,
     StepFinished,
@@ -90,10 +94,11 @@ class WorkerPolicy:
         self.source = SourceHandoffs(layout, pool, self.scheduler)
         self.target = TargetHandoffs(pool, self.scheduler, max_sequences=limits.max_sequences, timeout=handoff_timeout)
         self.rates = StepRates()
+        self.rows_dropped = 0
         self._eos = eos_token_ids
         self._lives: dict[str, _Life] = {}
         self._in_flight: Batch | None = None
-        self._in_flight_ids: frozenset[str] = frozenset()
+        self._in_flight_ids: frozenset[str] = frozenset()  # of its rows, without those that were dropped
         self._after_step: list[WorkerEvent] = []
 
     def handle(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
@@ -105,10 +110,11 @@ class WorkerPolicy:
         """All of `handle` but the next step, which is for `schedule`."""
         actions: list[WorkerAction] = []
         for part in per_request(event):
-            if self._concerns_running_step(part):
-                self._after_step.append(part)
-            else:
+            if self._in_flight_ids.isdisjoint(ended := _at_an_end(part)):
                 actions += self._handle(part, now)
+            else:
+                self._after_step.append(part)
+                actions += map(DropRow, ended)
         return actions + self._catch_up(now)
 
     def step_undone(self, now: float) -> list[WorkerAction]:
@@ -117,22 +123,15 @@ class WorkerPolicy:
         return self._catch_up(now)
 
     def _catch_up(self, now: float) -> list[WorkerAction]:
-        """What has become possible: events that waited for the end of a step, and tickets for new room."""
+        """What has become possible: events that waited for the end of a step, or of a row, and tickets for new room."""
         actions: list[WorkerAction] = []
-        if self._in_flight is None:
-            put_off, self._after_step = self._after_step, []
-            for part in put_off:
+        put_off, self._after_step = self._after_step, []
+        for part in put_off:
+            if self._in_flight_ids.isdisjoint(_at_an_end(part)):
                 actions += self._handle(part, now)
+            else:
+                self._after_step.append(part)
         return actions + self.target.grant(now)
-
-    def _concerns_running_step(self, event: WorkerEvent) -> bool:
-        match event:
-            case AbortRequested(request_id) | PushRejected(request_id) | PushCancelled(request_id):
-                return request_id in self._in_flight_ids
-            case LinkLost(_, request_ids):
-                return not self._in_flight_ids.isdisjoint(request_ids)
-            case _:
-                return False
 
     def _handle(self, event: WorkerEvent, now: float) -> list[WorkerAction]:
         match event:
@@ -140,6 +139,10 @@ class WorkerPolicy:
                 return self._step_finished(event, now)
             case StepFailed():
                 return self._step_failed(event)
+            case RowsDropped(request_ids):
+                self.rows_dropped += len(self._in_flight_ids.intersection(request_ids))
+                self._in_flight_ids = self._in_flight_ids.difference(request_ids)
+                return []
             case ServeRequested() | ReserveRequested() | PrefillRequested():
                 return self._arrive(event, now)
             case AbortRequested(request_id):
@@ -214,20 +217,23 @@ class WorkerPolicy:
         actions.append(RunStep(batch, tuple(during)))
         return actions
 
-    def _step_over(self) -> Batch:
-        batch = self._in_flight
+    def _step_over(self) -> tuple[Batch, frozenset[str]]:
+        """The step that has ended, and which of its requests took part in it to the end."""
+        batch, request_ids = self._in_flight, self._in_flight_ids
         if batch is None:
             raise ValueError("a step ended that was never started")
         self._in_flight, self._in_flight_ids = None, frozenset()
-        return batch
+        return batch, request_ids
 
     def _step_finished(self, event: StepFinished, now: float) -> list[WorkerAction]:
-        batch = self._step_over()
-        self.rates.observe(batch, event.seconds)
-        self.scheduler.complete(batch)
+        batch, request_ids = self._step_over()
+        if len(request_ids) == len(batch.rows):
+            self.rates.observe(batch, event.seconds)
+        rows = [row.sequence.request_id in request_ids for row in batch.rows]
+        self.scheduler.complete(Batch(tuple(compress(batch.rows, rows))))
         actions: list[WorkerAction] = []
         outputs: list[TokenOutput] = []
-        for row, token in zip(batch.rows, event.samples, strict=True):
+        for row, token in compress(zip(batch.rows, event.samples, strict=True), rows):
             if token is not None:
                 actions += self._token(row, token, outputs, now)
         if outputs:
@@ -262,11 +268,12 @@ class WorkerPolicy:
         return SendFirstToken(output, life.sequence.num_cached_tokens, scheduled - life.arrived, now - scheduled)
 
     def _step_failed(self, event: StepFailed) -> list[WorkerAction]:
-        batch = self._step_over()
+        batch, request_ids = self._step_over()
         blamed = event.request_ids or tuple(row.sequence.request_id for row in batch.rows)
         actions: list[WorkerAction] = []
         for request_id in blamed:
-            actions += self._fail(request_id, event.code, event.message)
+            if request_id in request_ids:
+                actions += self._fail(request_id, event.code, event.message)
         return actions
 
     # hand-offs
@@ -347,6 +354,7 @@ class WorkerPolicy:
             decode_step_seconds=self.rates.decode_step_seconds,
             preemptions=self.scheduler.num_preemptions,
             handoffs_failed=self.source.failed + self.target.failed,
+            rows_dropped=self.rows_dropped,
         )
 
     def check_integrity(self) -> None:
@@ -358,6 +366,17 @@ class WorkerPolicy:
             for request_id, blocks in held.items():
                 owners[f"{side} {request_id}"] = blocks
         self.pool.check_integrity(owners)
+
+
+def _at_an_end(event: WorkerEvent) -> tuple[str, ...]:
+    """The requests that an event ends here, so that their blocks go back."""
+    match event:
+        case AbortRequested(request_id) | PushRejected(request_id) | PushCancelled(request_id):
+            return (request_id,)
+        case LinkLost(_, request_ids):
+            return request_ids
+        case _:
+            return ()
 
 
 def per_request(event: WorkerEvent) -> Iterable[WorkerEvent]:

@@ -33,10 +33,11 @@ from diptych.core.events import (
     WorkerGone,
     WorkerUpdated,
 )
-from diptych.core.fleet import ModelInfo, Role, RouterStats, WorkerId, WorkerState, WorkerView
+from diptych.core.fleet import ModelInfo, Readiness, Role, RouterStats, WorkerId, WorkerState, WorkerView
 from diptych.core.request import Request, TokenOutput
 from diptych.policy.admission import RESTART_SECONDS
 from diptych.policy.dispatch import RouterPolicy
+from diptych.policy.pulse import Pulse
 from diptych.router.fleet import FleetRegistry, WorkerLink
 from diptych.router.stream import RequestStream
 from diptych.telemetry.journal import Journal
@@ -54,7 +55,7 @@ class FleetCallbacks:
     """What the router tells whoever supervises the workers, if anybody does.
 
     `on_loading(worker_id, done, total)` while a worker loads its model, `on_joined` when it has
-    registered, `on_silent` when it has not been heard of for too long.
+    registered, `on_silent` when it has not answered for too long.
     """
 
     on_loading: Callable[[WorkerId, int, int], None] = lambda worker_id, done, total: None
@@ -81,11 +82,12 @@ class Router:
         self._callbacks = callbacks or FleetCallbacks()
         self._fleet = FleetRegistry()
         self._streams: dict[str, RequestStream] = {}
-        self._last_beat = clock.now()
+        self._pulse = Pulse(BEAT_SECONDS, clock.now())
         self._wake: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()  # no client's request is live
         self._idle.set()
         self._draining = False
+        self._readiness = Readiness.NO  # at the last beat
 
     # for the front (core.ports.Dispatcher)
 
@@ -127,15 +129,14 @@ class Router:
         return sorted(views + missing, key=lambda view: view.worker_id)
 
     def stats(self) -> RouterStats:
-        return self._policy.stats()
+        return self._policy.stats(self._clock.now())
 
     def alive(self) -> bool:
-        return self._clock.now() - self._last_beat < 5 * BEAT_SECONDS
+        return self._clock.now() - self._pulse.last < 5 * BEAT_SECONDS
 
-    def ready(self) -> bool:
-        """A pair, or a worker that does both, is ready and trusted, and the server is not about to end."""
-        roles = {worker.role for worker in self._policy.serving()}
-        return not self._draining and (Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles)
+    def readiness(self) -> Readiness:
+        """What policy says of the fleet, unless the server is about to end."""
+        return Readiness.NO if self._draining else self._policy.readiness()
 
     def _check_not_ending(self) -> None:
         if self._draining:
@@ -153,6 +154,14 @@ class Router:
             return False
         return True
 
+    def end_requests(self) -> None:
+        """Accept nothing more, and end what still runs: clients are told, and workers let go of it."""
+        self._draining = True
+        error = UnavailableError("the server ended before the answer did", retry_after=RESTART_SECONDS, code="draining")
+        for request_id in list(self._streams):
+            self._deliver(request_id, error, last=True)
+            self._cancel(request_id)
+
     # for the workers
 
     async def on_channel(self, channel: Channel[messages.FromWorker]) -> None:
@@ -164,7 +173,6 @@ class Router:
             async for message in channel:
                 if not self._fleet.has(link):
                     break  # this life is over: what was still under way means nothing
-                link.last_heard = self._clock.now()
                 self._on_message(link, message)
         except PeerError as error:
             log.warning("worker %s broke the protocol: %s", link.worker_id, error)
@@ -244,8 +252,8 @@ class Router:
                 self._handle(RequestFailed(worker_id, request_id, code, text))
             case messages.KVEvents(stored, evicted):
                 self._handle(BlocksCached(worker_id, tuple(stored), tuple(evicted)))
-            case messages.Heartbeat(stats):
-                link.stats = stats
+            case messages.Heartbeat():
+                link.on_heartbeat(message)
                 self._handle(WorkerUpdated(link.view()))
             case messages.Leaving():
                 link.state = WorkerState.DRAINING
@@ -265,14 +273,26 @@ class Router:
         """The loop is alive: look at the time, unless it was the router itself that stood still. What the others have
         sent meanwhile is then still unread."""
         now = self._clock.now()
-        stood_still, self._last_beat = now - self._last_beat > 2 * BEAT_SECONDS, now
-        if stood_still:
-            self._fleet.excuse(now)
-        else:
+        if self._pulse.beat(now):
             self.check_time()
+        else:
+            self._fleet.excuse(now)
+        for link in self._fleet.links.values():
+            link.ping(now)
+        self._log_readiness()
+
+    def _log_readiness(self) -> None:
+        """Say so if no KV can be handed over, and when that is over."""
+        before, self._readiness = self._readiness, self.readiness()
+        if self._readiness is before:
+            return
+        if self._readiness is Readiness.DEGRADED:
+            log.warning("%s", self._readiness.reason)
+        elif before is Readiness.DEGRADED and self._readiness is Readiness.YES:
+            log.warning("KV is handed over again")
 
     def check_time(self) -> None:
-        """Workers that have not been heard of for too long are lost; streams that wait for too long go elsewhere."""
+        """Workers that have not answered for too long are lost; streams that wait for too long go elsewhere."""
         silent = self._fleet.silent(self._clock.now())
         for link in silent:
             link.state = WorkerState.LOST

@@ -14,18 +14,26 @@ from diptych.wire.channel import Channel
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 5.0  # without any message (a heartbeat comes every second) a worker counts as lost
+SILENCE_SECONDS = 5.0  # without an answer to what is asked every second a worker counts as lost
 
 
 @dataclass(slots=True)
 class WorkerLink:
-    """One registered worker, in one life (epoch)."""
+    """One registered worker, in one life (epoch).
+
+    Attributes:
+        proven: when both directions of the connection were last known to work: at the time of the last ping that has
+            been answered. (A connection can fail in one direction only, and messages still come.)
+    """
 
     hello: messages.Hello
     channel: Channel[messages.FromWorker]
-    last_heard: float
+    proven: float
     state: WorkerState = WorkerState.READY
     stats: WorkerStats = field(default_factory=WorkerStats)
+    turned_away: tuple[tuple[str, int], ...] = ()
+    _pings: int = 0
+    _pinged: float | None = None  # when the ping was sent that is not answered yet
 
     @property
     def worker_id(self) -> WorkerId:
@@ -38,6 +46,19 @@ class WorkerLink:
     def endpoint(self, transport: str) -> KVEndpoint | None:
         """Where pages for this worker go, by that transport."""
         return next((end for end in self.manifest.endpoints if end.transport == transport), None)
+
+    def ping(self, now: float) -> None:
+        """Ask for a sign of life, unless that has been done in vain so far."""
+        if self._pinged is None:
+            self._pings += 1
+            self._pinged = now
+            self.channel.send(messages.Ping(self._pings))
+
+    def on_heartbeat(self, heartbeat: messages.Heartbeat) -> None:
+        """It reports its load, and the last ping that it has got."""
+        self.stats, self.turned_away = heartbeat.stats, heartbeat.turned_away
+        if self._pinged is not None and heartbeat.ping == self._pings:
+            self.proven, self._pinged = max(self.proven, self._pinged), None
 
     def view(self) -> WorkerView:
         """A snapshot for policy and `/fleet`."""
@@ -55,6 +76,7 @@ class WorkerLink:
             transports=tuple(end.transport for end in self.manifest.endpoints),
             host=self.manifest.host,
             stats=self.stats,
+            turned_away=self.turned_away,
         )
 
 
@@ -117,8 +139,8 @@ class FleetRegistry:
     def excuse(self, now: float) -> None:
         """Nobody's silence so far counts."""
         for link in self.links.values():
-            link.last_heard = now
+            link.proven = now
 
     def silent(self, now: float) -> list[WorkerLink]:
-        """Workers that have not been heard of for too long."""
-        return [link for link in self.links.values() if now - link.last_heard > SILENCE_SECONDS]
+        """Workers that have not answered for too long."""
+        return [link for link in self.links.values() if now - link.proven > SILENCE_SECONDS]

@@ -81,16 +81,24 @@ def _cut(world: World, fault: Fault, ways: tuple[Way, ...], how: str) -> bool:
     world.tell("{} for {:.3f} s", how, fault.seconds)
     for way in ways:
         world.network.cut(way)
-    world.router.watch(fault.worker)
+    _watch(world, fault.worker)
 
     def heal() -> None:
         world.tell("that partition between {} and {} is over", fault.worker, fault.other)
         for way in ways:
             world.network.heal(way)
-        world.router.watch(fault.worker)
+        _watch(world, fault.worker)
 
     world.until_healed(fault.seconds, heal)
     return True
+
+
+def _watch(world: World, worker_id: str) -> None:
+    """What passes between router and worker has changed, perhaps: each of them may notice."""
+    world.router.watch(worker_id)
+    life = world.lives.get(worker_id)
+    if life is not None:
+        life.watch_router()
 
 
 def _partition(world: World, fault: Fault) -> bool:

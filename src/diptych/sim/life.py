@@ -25,15 +25,18 @@ from diptych.policy.worker import WorkerPolicy
 from diptych.sim import frames, messages
 from diptych.sim.checks import Place, check_grant, check_over, check_step, check_tickets
 from diptych.sim.kernel import Process
-from diptych.sim.network import End, Pipe
+from diptych.sim.network import ROUTER, End, Pipe
 from diptych.sim.push_link import PushLink
 from diptych.sim.receiver import Receiver
 from diptych.sim.scenario import FaultKind, Spoil, WorkerSpec
+from diptych.sim.unwanted import PlannedUnwanted
 
 if TYPE_CHECKING:
     from diptych.sim.world import World
 
 TICK_SECONDS = 1.0
+TOO_LATE_SHARE = 0.2  # of rows that are to be dropped: the engine has them in the step to its end
+SILENCE_SECONDS = 20.0  # as in worker.router_watch
 
 
 class Segments:
@@ -83,10 +86,12 @@ class Life:
         self.salts: dict[Place, str] = {}  # whose pages they are: of which tenant
         self._readings = count()
         self._step_running = False  # the engine computes
+        self._dropped: list[str] = []  # rows of that step
         self._in_flight = False  # policy waits for the outcome of a step
         self._ended: list[str] = []  # requests about which the router has said everything
         self._tick_due = self._report_due = False
         self._last_stats = WorkerStats()
+        self._deaf_since: float | None = None
 
     def _rank(self, data_rank: int, limits: BatchLimits) -> WorkerPolicy:
         layout, eos = self.engine.layout, self.engine.model.eos_token_ids
@@ -204,6 +209,21 @@ class Life:
             case _:
                 raise TypeError(f"the router said {message}")
 
+    def watch_router(self) -> None:
+        """To be called when the router may have fallen silent, or be heard again. (Stands for its pings.)"""
+        kernel = self.world.kernel
+        if not self.world.network.is_cut((ROUTER, self.worker_id)):
+            self._deaf_since = None
+        elif self._deaf_since is None:
+            since = self._deaf_since = kernel.now
+            patience = SILENCE_SECONDS + TICK_SECONDS * self.world.rng.random()
+            kernel.after(patience, lambda: self.process.run(lambda: self._check_router(since)))
+
+    def _check_router(self, since: float) -> None:
+        if self._deaf_since == since and not self.closing:
+            self.tell("gives the router up, which has fallen silent")
+            self.close()
+
     def _check_over(self) -> None:
         """What is over is over, at the latest after the step that it takes part in."""
         if self._ended:
@@ -217,6 +237,8 @@ class Life:
             case do.RunStep():
                 check_step(self, action)
                 self._run(action)
+            case do.DropRow(request_id):
+                self._drop(request_id)
             case do.SendTokens(outputs):
                 self._to_router(on.TokensMade(self.worker_id, outputs))
             case do.SendFirstToken(output, cached, queue_seconds, prefill_seconds):
@@ -263,6 +285,7 @@ class Life:
 
     def _run(self, step: do.RunStep) -> None:
         self._step_running = self._in_flight = True
+        self._dropped = []
         seconds = self.engine.step_seconds(step.batch) * (0.5 + self.world.rng.random())
         self.world.kernel.after(seconds, lambda: self.process.run(lambda: self._computed(step, seconds)))
 
@@ -276,10 +299,11 @@ class Life:
             if fault is FaultKind.ENGINE_FAILED and layer == last_layer:
                 raise ServingError("the engine raised", code="engine_failed")
             for push in step.pushes:
-                self._link(push.claims).push(push.request_id, push.claims, push.plan, layer)
+                if push.request_id not in self._dropped:
+                    self._link(push.claims).push(push.request_id, push.claims, push.plan, layer)
 
         try:
-            samples = self.engine.step(step.batch, None if self.closing else on_layer)
+            samples = self.engine.step(step.batch, None if self.closing else on_layer, PlannedUnwanted(self._dropped))
             if fault is FaultKind.ENGINE_CORRUPT:
                 row = self.world.rng.choice(step.batch.rows)
                 raise EngineCorrupt((row.sequence.request_id,))
@@ -292,6 +316,20 @@ class Life:
         else:
             self.post(on.StepFinished(tuple(samples), seconds))
         self.check_closed()
+
+    def _drop(self, request_id: str) -> None:
+        """In a moment the engine goes on without a row, unless it is too late for that."""
+        dropped, rng = self._dropped, self.world.rng
+
+        def leave_out() -> None:
+            if self._step_running and dropped is self._dropped:
+                dropped.append(request_id)
+                self.world.outcome.rows_dropped += 1
+                self.post(on.RowsDropped((request_id,)))
+
+        if rng.random() > TOO_LATE_SHARE:
+            seconds = self.world.scenario.post_seconds * rng.random()
+            self.world.kernel.after(seconds, lambda: self.process.run(leave_out))
 
     # data connections
 

@@ -9,6 +9,7 @@ from diptych.core import actions as do
 from diptych.core import events as on
 from diptych.core.fleet import Role, WorkerId, WorkerState, WorkerStats, WorkerView
 from diptych.policy.dispatch import RouterPolicy
+from diptych.policy.recovery import RecoverySettings
 from diptych.policy.routing import Routing
 from diptych.sim import messages
 from diptych.sim.checks import check_awaited
@@ -44,7 +45,7 @@ class Router:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.policy = RouterPolicy(Routing())
+        self.policy = RouterPolicy(Routing(), recovery=RecoverySettings(try_paths=True))
         self.links: dict[WorkerId, Link] = {}
         self.clock_ahead = 0.0
         self._dead = False
@@ -75,6 +76,7 @@ class Router:
         life.pipes_out.append(up)
         life.pipes_in.append(down)
         up.send(messages.Hello(life))
+        life.watch_router()
 
     # workers
 
@@ -124,12 +126,14 @@ class Router:
             self.handle(on.WorkerGone(link.life.worker_id))
 
     def watch(self, worker_id: WorkerId) -> None:
-        """To be called when it may have fallen silent, or be heard again. (Stands for heartbeats.)"""
+        """To be called when it may have fallen silent, or be heard again. (Stands for pings and their answers, which
+        take both directions.)"""
         link = self.links.get(worker_id)
         if link is None:
             return
         life = link.life
-        heard = life.process.alive and not life.process.frozen and not self.world.network.is_cut((worker_id, ROUTER))
+        cut = any(map(self.world.network.is_cut, ((worker_id, ROUTER), (ROUTER, worker_id))))
+        heard = life.process.alive and not life.process.frozen and not cut
         if heard:
             link.silent_since = None
         elif link.silent_since is None:

@@ -195,12 +195,15 @@ def _requests(rng: random.Random, busy: float, count: int) -> tuple[RequestSpec,
             seed=rng.randrange(1 << 32),
             max_tokens=min(rng.choice((1, 2, 5, 10, 24)), MAX_MODEL_LEN - len(prompt)),
         )
+        prefer = rng.choice((Preference.AUTO, Preference.SPLIT, Preference.SPLIT, Preference.LOCAL))
+        tenant = rng.choice(("", "", "tenant"))
         request = Request(
             request_id=f"r{number}",
             prompt_token_ids=prompt,
             sampling=sampling,
-            prefer=rng.choice((Preference.AUTO, Preference.SPLIT, Preference.SPLIT, Preference.LOCAL)),
-            cache_salt=rng.choice(("", "", "tenant")),
+            prefer=prefer,
+            cache_salt=tenant,
+            tenant=tenant,
         )
         cancel_after = rng.expovariate(1.0) * (busy + 0.1) if rng.random() < 0.15 else None
         requests.append(RequestSpec(at, request, cancel_after))
@@ -219,7 +222,7 @@ def _fault(rng: random.Random, names: list[str], span: float) -> Fault:
         worker=worker,
         at=rng.uniform(0.15, span),
         after_event=rng.randrange(12, 120) if rng.random() < 0.5 else None,
-        seconds=rng.choice((0.3, 3.0, 12.0)) * (0.5 + rng.random()),
+        seconds=rng.choice((0.3, 3.0, 12.0, 24.0)) * (0.5 + rng.random()),
         other=rng.choice(others),
         extra=rng.choice((0.2, 1.0, 4.0) if kind is FaultKind.DELAY else (1.0, 20.0, 300.0)),
         how=rng.choice(list(Spoil)),

@@ -15,6 +15,7 @@ from diptych.core.events import (
     PrefillRequested,
     RequestFailed,
     ReserveRequested,
+    RowsDropped,
     ServeRequested,
     StepFailed,
     StepFinished,
@@ -99,5 +100,7 @@ def _in_words(event: object) -> str:
             return f"has finished a step with {len(samples)} sequences"
         case StepFailed(code, _, request_ids):
             return f"could not finish a step: {code} {', '.join(request_ids)}"
+        case RowsDropped(request_ids):
+            return f"goes on with a step without {', '.join(request_ids)}"
     names = (str(getattr(event, name)) for name in ("worker_id", "request_id") if hasattr(event, name))
     return f"takes {type(event).__name__} {' '.join(names)}".strip()

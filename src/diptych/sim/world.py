@@ -41,6 +41,7 @@ class Outcome:
     attempts: int = 0  # that requests took
     retried: int = 0  # attempts after the first
     handoffs: int = 0  # that succeeded
+    rows_dropped: int = 0  # out of running steps
     faults: Counter[FaultKind] = field(default_factory=Counter)  # that struck
     violation: str | None = None
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from diptych.core.actions import PushPages, RunStep
-from diptych.core.errors import DiptychError
+from diptych.core.errors import ConfigError, DiptychError, in_words
 
 
 class Journal(Protocol):
@@ -49,8 +49,11 @@ class FileJournal:
 
 
 def open_journal(path: str | None) -> Journal:
-    """A journal that writes to `path`, or one that keeps nothing."""
-    return NoJournal() if path is None else FileJournal(Path(path))
+    """A journal that writes to `path`, or one that keeps nothing. Raises ConfigError if it cannot be written."""
+    try:
+        return NoJournal() if path is None else FileJournal(Path(path))
+    except OSError as error:
+        raise ConfigError(f"--journal {path}: {in_words(error)}") from error
 
 
 def _named(thing: object) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from diptych.core.fleet import RouterStats, WorkerView
+from diptych.core.fleet import BreakerState, RouterStats, WorkerView
 from diptych.core.timeline import Timeline
 
 MAX_WORKERS = 256  # label values of `worker`; a fleet with more shows its first ones
@@ -32,7 +34,7 @@ class ServerMetrics:
     def __init__(self, workers: Callable[[], list[WorkerView]], router: Callable[[], RouterStats]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(FleetCollector(workers))
-        registry.register(RouterCollector(router))
+        registry.register(RouterCollector(router, workers))
         self._requests = Counter("diptych_requests", "Requests, by how they ended", ["outcome"], registry=registry)
         for outcome in OUTCOMES:
             self._requests.labels(outcome)
@@ -119,19 +121,30 @@ class FleetCollector(Collector):
             "diptych_worker_kv_blocks_cached": ("Blocks kept for reuse", lambda w: w.stats.blocks_cached),
             "diptych_worker_preemptions": ("Preemptions since start", lambda w: w.stats.preemptions),
             "diptych_worker_handoffs_failed": ("Failed hand-offs since start", lambda w: w.stats.handoffs_failed),
+            "diptych_worker_rows_dropped": ("Rows left out of running steps", lambda w: w.stats.rows_dropped),
         }
         for name, (text, value) in values.items():
             family = GaugeMetricFamily(name, text, labels=["worker", "role"])
             for worker in workers:
                 family.add_metric([worker.worker_id, worker.role], value(worker))
             yield family
+        turned_away = CounterMetricFamily(
+            "diptych_worker_turned_away",
+            "What came over data connections and was not taken, since start",
+            labels=["worker", "role", "reason"],
+        )
+        for worker in workers:
+            for reason, count in worker.turned_away:
+                turned_away.add_metric([worker.worker_id, worker.role, reason], count)
+        yield turned_away
 
 
 class RouterCollector(Collector):
     """Reads the router when it is scraped."""
 
-    def __init__(self, router: Callable[[], RouterStats]) -> None:
+    def __init__(self, router: Callable[[], RouterStats], workers: Callable[[], list[WorkerView]]) -> None:
         self._router = router
+        self._workers = workers
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -142,11 +155,34 @@ class RouterCollector(Collector):
         yield GaugeMetricFamily("diptych_router_waiting", "Requests in the queue", stats.waiting)
         yield GaugeMetricFamily("diptych_router_waiting_tokens", "Prompt tokens in the queue", stats.waiting_tokens)
         yield CounterMetricFamily("diptych_router_retried", "Attempts after the first", stats.retried)
+        yield CounterMetricFamily("diptych_router_moved", "Streams handed over by workers that leave", stats.moved)
         yield CounterMetricFamily("diptych_router_checkpoints", "Copies of streams' KV", stats.checkpoints)
         yield CounterMetricFamily(
             "diptych_router_checkpoint_tokens", "Tokens whose KV was sent for copies", stats.checkpoint_tokens
         )
         yield CounterMetricFamily("diptych_router_ignored", "Messages that came too late, or twice", stats.ignored)
+        workers = {worker.worker_id: BreakerState.CLOSED for worker in self._workers()} | dict(stats.worker_breakers)
+        yield _breakers(
+            "diptych_worker_breaker",
+            "Whether a worker gets requests (closed: it does)",
+            ["worker"],
+            {(worker_id,): state for worker_id, state in workers.items()},
+        )
+        yield _breakers(
+            "diptych_pair_breaker",
+            "Whether a pair gets requests, of pairs that have failed lately",
+            ["prefill", "decode"],
+            stats.pair_breakers,
+        )
+
+
+def _breakers(name: str, text: str, labels: Sequence[str], states: Mapping[Any, BreakerState]) -> GaugeMetricFamily:
+    """1 for the state that a breaker is in, 0 for the others. `states` are by values of `labels`."""
+    family = GaugeMetricFamily(name, text, labels=[*labels, "state"])
+    for names, now in itertools.islice(states.items(), MAX_WORKERS):
+        for state in BreakerState:
+            family.add_metric([*names, state], state is now)
+    return family
 
 
 def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -13,6 +13,7 @@ arrays      numpy arrays and torch tensors, seen as pages
 leases      deadlines of sessions
 frames      what is said on a data connection
 sender      PushLink: the source's side, one per target
+pushes      the requests that a link is at work on
 streams     the connections of a link
 pieces      in what portions a plan's bytes are moved
 places      many byte ranges at once

@@ -35,17 +35,17 @@ def _digests_across(content: Sequence[memoryview], ends: Sequence[int]) -> Itera
     buffers = iter(content)
     rest, position = next(buffers), 0
     for end in ends:
-        if len(rest) >= end - position:  # it lies in one buffer
-            yield _digest(rest[: end - position])
-            rest, position = rest[end - position :], end
+        size, position = end - position, end
+        if len(rest) >= size:  # it lies in one buffer
+            yield _digest(rest[:size])
         else:
-            unit = xxhash.xxh3_64()
-            while position < end:
-                part = rest[: end - position]
-                unit.update(part)
-                rest, position = rest[len(part) :], position + len(part)
-                if not rest and position < end:
-                    rest = next(buffers)
+            unit = xxhash.xxh3_64(rest)
+            size -= len(rest)
+            rest = next(buffers)
+            while len(rest) < size:
+                unit.update(rest)
+                size -= len(rest)
+                rest = next(buffers)
+            unit.update(rest[:size])
             yield unit.digest()
-        if not rest:
-            rest = next(buffers, rest)
+        rest = rest[size:] or next(buffers, rest)

@@ -13,15 +13,16 @@ from diptych.transfer.digest import DIGEST_BYTES
 from diptych.transfer.pieces import Units
 from diptych.transfer.places import Places, Span, places_of
 
-MAX_PARTS = 4096  # remembered, whatever a source sends
+MAX_KNOWN_UNITS = 1 << 17  # whose places are remembered, whatever a source sends
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one frame brings: its part of a rank's layer, where in that each unit ends, and where in the layer each of
-    them lies, if that is in one run each."""
+    """What one frame brings: its part of each of a rank's `layers`, where in that each unit ends, and where in a layer
+    each of them lies, if that is in one run each."""
 
     rank: int
+    layers: range
     places: Places
     unit_ends: list[int]
     spans: list[Span] | None
@@ -39,6 +40,7 @@ class Expected:
         self._groups = self._units[0].groups if self._units else range(0)
         self._places: dict[int, Places] = {}
         self._parts: dict[tuple[int, int, int], tuple[Places, list[int], list[Span] | None]] = {}
+        self._known_units = 0
         self._verified = bytearray(claims.layout.num_layers * len(self._pairs) * len(self._groups))
         self.num_missing = len(self._verified)
 
@@ -49,38 +51,38 @@ class Expected:
 
     def share(self, frame: frames.Pages) -> Share:
         """Where a frame's units belong. Raises TransferError if they were not asked for."""
-        if len(frame.digests) % DIGEST_BYTES:
-            raise TransferError(f"{len(frame.digests)} bytes are no whole number of digests")
-        first, end = frame.first_group, frame.first_group + frame.num_groups
         layout = self._claims.layout
-        if not (
-            0 <= frame.layer < layout.num_layers
-            and 0 <= frame.pair < len(self._pairs)
-            and self._groups.start <= first < end <= self._groups.stop
-        ):
-            raise TransferError(f"layer {frame.layer}, pair {frame.pair}, groups {first} to {end} were not asked for")
+        last = frame.layer + frame.num_layers - 1
+        if not 0 <= frame.layer <= last < layout.num_layers or layout.stage_of(frame.layer) != layout.stage_of(last):
+            raise TransferError(f"layers {frame.layer} to {last} were not asked for in one frame")
+        if len(frame.digests) % (DIGEST_BYTES * frame.num_layers):
+            raise TransferError(f"{len(frame.digests)} bytes are no whole number of digests for each layer")
+        first, end = frame.first_group, frame.first_group + frame.num_groups
+        if not (0 <= frame.pair < len(self._pairs) and self._groups.start <= first < end <= self._groups.stop):
+            raise TransferError(f"pair {frame.pair}, groups {first} to {end} were not asked for")
         pair, units = self._pairs[frame.pair], self._units[frame.pair]
-        rank = layout.rank(self._claims.data_rank, layout.stage_of(frame.layer), pair.target_tensor_rank)
+        rank = layout.rank(self._claims.data_rank, layout.stage_of(last), pair.target_tensor_rank)
         key = (frame.pair, first, end)
         known = self._parts.get(key)  # mostly: all layers are cut alike
         if known is None:
             places = self._places_of(frame.pair).part(units.end(first - 1), units.end(end - 1))
             ends = units.ends(range(first, end))
             known = places, ends, places.spans(ends)
-            if len(self._parts) < MAX_PARTS:
+            if self._known_units + len(ends) <= MAX_KNOWN_UNITS:
+                self._known_units += len(ends)
                 self._parts[key] = known
-        return Share(rank, *known)
+        return Share(rank, frame.layers, *known)
 
     def mark(self, frame: frames.Pages) -> bool:
         """These units (which were asked for) are verified. False if some had been before."""
-        start = (
-            (frame.layer * len(self._pairs) + frame.pair) * len(self._groups) + frame.first_group - self._groups.start
-        )
-        end = start + frame.num_groups
-        fresh = self._verified.count(0, start, end)
-        self._verified[start:end] = b"\x01" * frame.num_groups
+        fresh = 0
+        for layer in frame.layers:
+            start = (layer * len(self._pairs) + frame.pair) * len(self._groups) + frame.first_group - self._groups.start
+            end = start + frame.num_groups
+            fresh += self._verified.count(0, start, end)
+            self._verified[start:end] = b"\x01" * frame.num_groups
         self.num_missing -= fresh
-        return fresh == frame.num_groups
+        return fresh == frame.num_groups * frame.num_layers
 
     def _places_of(self, pair: int) -> Places:
         """Everything that a pair brings to one layer; the same in all of them. (Two threads may both make it.)"""

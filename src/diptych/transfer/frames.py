@@ -16,10 +16,11 @@
                                        ←       Cancel              the target does not want it any more
       Stopped                          →                           the source will not write for it again
 
-A source may open further connections, each with a `Join`, and spread its `Pages` over all of them; the target
-answers on the first one. So that nothing depends on which connection is faster, `Close` says how many `Pages`
-there are for the request, and counts when the target is done with them. `Stopped` counts when no thread of the
-target is at work on a frame of the request any more (what comes later is turned away).
+A source may open further connections, each with a `Join` that is answered by `Joined` there, and spread its
+`Pages` over all of them; the target's other answers come over the first one. So that nothing depends on which
+connection is faster, `Close` says how many `Pages` there are for the request, and counts when the target is done
+with them. `Stopped` counts when no thread of the target is at work on a frame of the request any more (what comes
+later is turned away).
 
 `Begin` and `Go` are what makes it safe to take a block back: a ticket that nobody has begun can be
 revoked at once, and one that somebody has begun is in quarantine until `Stopped` or the connection's end.
@@ -85,6 +86,10 @@ class Join(Message, frozen=True):
     link: bytes
 
 
+class Joined(Message, frozen=True):
+    """From now on the link is not over before this connection has ended, too: only now may its thread write."""
+
+
 class Begin(Message, frozen=True):
     request_id: str
     nonce: bytes
@@ -97,22 +102,35 @@ class Go(Message, frozen=True):
 
 
 class Pages(Message, frozen=True):
-    """Consecutive units of one layer and pair (`policy.digest_units`, pairs numbered as in `head_pairs`), from
-    group `first_group` on: as many as there are digests, each of them DIGEST_BYTES long. `nbytes` of payload
-    follow, in logical order (0 if they were written to mapped memory)."""
+    """Consecutive units of one pair (`policy.digest_units`, pairs numbered as in `head_pairs`), from group
+    `first_group` on, in `num_layers` layers from `layer` on, which lie in one pipeline stage of the target. Their
+    digests, each of them DIGEST_BYTES long, come layer after layer, as does the payload: `nbytes` follow, in logical
+    order (0 if they were written to mapped memory)."""
 
     request_id: str
     nonce: bytes
     epoch: Epoch
     layer: int
+    num_layers: int
     pair: int
     first_group: int
     digests: bytes
     nbytes: int
 
     @property
+    def layers(self) -> range:
+        return range(self.layer, self.layer + self.num_layers)
+
+    @property
     def num_groups(self) -> int:
-        return len(self.digests) // DIGEST_BYTES
+        """In each layer."""
+        return len(self.digests) // DIGEST_BYTES // self.num_layers
+
+    def digests_of(self, layer: int) -> bytes:
+        """Those of one of the layers."""
+        size = self.num_groups * DIGEST_BYTES
+        start = (layer - self.layer) * size
+        return self.digests[start : start + size]
 
 
 class Close(Message, frozen=True):
@@ -152,4 +170,4 @@ class Cancel(Message, frozen=True):
 SCRATCH_BYTES = 1 << 20
 
 FromSource = PushHello | Join | Probe | Begin | Pages | Close | Stopped
-FromTarget = PushWelcome | NixlWelcome | Refused | Probed | Go | Accepted | Rejected | Cancel
+FromTarget = PushWelcome | NixlWelcome | Refused | Probed | Joined | Go | Accepted | Rejected | Cancel

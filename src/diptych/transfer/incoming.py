@@ -39,21 +39,22 @@ class Incoming:
     revoked: bool = False
     released: bool = False  # first it was revoked, and then its writer went
     failed: bool = False
-    busy: int = 0  # threads that are working on a frame
+    complete: bool = False
+    busy: int = 0  # threads that are working on a frame, or reporting what has come of it
     done: int = 0  # frames of pages that have been worked on
     closing: frames.Close | None = None
     stopped: bool = False  # its writer has said that it writes no more
 
     @property
     def wanted(self) -> bool:
-        return not self.revoked and not self.failed
+        return not (self.revoked or self.failed or self.complete)
 
     def is_about(self, request_id: str, nonce: bytes) -> bool:
         return (self.claims.request_id, self.claims.nonce) == (request_id, nonce)
 
 
 class TicketBook:
-    """All tickets that are out. `counts` says what was turned away, by reason."""
+    """All tickets that are out."""
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
@@ -65,6 +66,11 @@ class TicketBook:
         """Something was turned away."""
         with self._lock:
             self.counts[reason] += 1
+
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """`counts`, now."""
+        with self._lock:
+            return tuple(sorted(self.counts.items()))
 
     def expect(self, claims: TicketClaims) -> None:
         """A ticket has been granted."""
@@ -101,6 +107,15 @@ class TicketBook:
             ticket.busy -= 1
             ticket.done += 1
             return self._ending(ticket)
+
+    def reported(self, ticket: Incoming) -> Ending | None:
+        """What `leave` or `close` said has been passed on (COMPLETE, INCOMPLETE): now the ticket may end."""
+        with self._lock:
+            ticket.busy -= 1
+            if not ticket.complete:
+                return self._ending(ticket)
+            self._writer_is_gone(ticket)
+            return Ending.STOPPED if ticket.released else None
 
     def mark(self, ticket: Incoming, frame: frames.Pages) -> None:
         """Verified units are in place."""
@@ -177,13 +192,12 @@ class TicketBook:
             return Ending.STOPPED
         if ticket.closing is None or not ticket.wanted or ticket.done < ticket.closing.num_frames:
             return None
-        if ticket.expected is None or ticket.expected.num_missing:
-            return Ending.INCOMPLETE
-        del self._tickets[ticket.claims.request_id]
-        return Ending.COMPLETE
+        ticket.busy += 1  # until `reported`: whatever ends the request later is reported later, too
+        ticket.complete = ticket.expected is not None and not ticket.expected.num_missing
+        return Ending.COMPLETE if ticket.complete else Ending.INCOMPLETE
 
     def _writer_is_gone(self, ticket: Incoming) -> None:
         ticket.writer, ticket.writer_gone = None, True
-        if ticket.revoked:
-            ticket.released = True
+        ticket.released = ticket.revoked
+        if ticket.revoked or ticket.complete:
             del self._tickets[ticket.claims.request_id]

@@ -18,6 +18,7 @@ from diptych.core.errors import HandshakeError, PeerError, ProtocolError, Ticket
 from diptych.core.events import HandoffComplete, HandoffFailed, WriterGone
 from diptych.core.fleet import Epoch
 from diptych.core.kv_layout import KVLayout, KVMemory
+from diptych.core.settings import MAX_STREAMS
 from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
 from diptych.transfer.digest import span_digests, unit_digests
@@ -33,7 +34,6 @@ TargetEvent = HandoffComplete | HandoffFailed | WriterGone
 Connection = BlockingConnection[frames.FromSource]
 
 LINK_BYTES = 16
-MAX_STREAMS = 16  # connections of one link
 MAX_CUT = 4096  # of any kind of parallelism, in a layout that a peer announces
 MAX_BLOCK_SIZE = 65536
 
@@ -55,9 +55,9 @@ class Target:
         return self.memories[0].layout
 
     @property
-    def largest_layer(self) -> int:
-        """Bytes of the largest layer of any rank."""
-        return self.memories[0].num_blocks * self.layout.block_bytes
+    def largest_rank(self) -> int:
+        """Bytes of the largest memory of any rank."""
+        return max(len(memory.buffer) for memory in self.memories)
 
 
 def refusal(target: Target, hello: frames.PushHello) -> str | None:
@@ -125,17 +125,17 @@ class Peer:
             self._connections.append(connection)
 
     def end(self) -> None:
-        """Wake up all threads that wait for this source; it is over."""
+        """It is over: have all threads that wait for this source end, as soon as it cannot write any more."""
         with self._lock:
-            self._over = True
-            for connection in self._connections:
-                connection.end()
+            self._end()
 
     def serve(self, connection: Connection) -> bool:
         """Take frames until the source hangs up, or breaks the rules. True if this was its last connection."""
         try:
             if connection is self._first:
                 self._welcome()
+            else:
+                connection.send(frames.Joined())
             stream = _Stream(connection, self._target, mapped=self._mapped, inline=self._wants_nixl or not self._mapped)
             while (frame := connection.receive()) is not None:
                 self._take(frame, stream)
@@ -150,13 +150,7 @@ class Peer:
     def _hang_up(self, connection: Connection) -> bool:
         """End the link. A source that writes to our memory has to end each connection, too, before that is over."""
         with self._lock:
-            self._over = True
-            for other in self._connections:
-                with contextlib.suppress(OSError):
-                    if self._mapped:
-                        other.end_sending()
-                    else:
-                        other.end()
+            self._end()
         if self._mapped:
             with contextlib.suppress(OSError):
                 connection.drain()
@@ -170,6 +164,16 @@ class Peer:
             for ticket in self._book.writer_lost(self):
                 self._gone(ticket, "transfer_failed", f"the data connection of {self.name} ended")
         return last
+
+    def _end(self) -> None:
+        """With the lock held. A source that writes to our memory ends its connections itself, when it is done."""
+        self._over = True
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                if self._mapped:
+                    connection.end_sending()
+                else:
+                    connection.end()
 
     def cancel(self, ticket: Incoming) -> None:
         """The ticket is not wanted any more."""
@@ -218,7 +222,7 @@ class Peer:
         self._tell(frames.Probed())
 
     def _pages(self, frame: frames.Pages, stream: _Stream) -> None:
-        if not 0 <= frame.nbytes <= self._target.largest_layer:
+        if not 0 <= frame.nbytes <= self._target.largest_rank:
             raise ProtocolError(f"{frame.nbytes} bytes of payload were announced")
         ticket = self._book.enter(frame, self)
         if ticket is None:
@@ -247,7 +251,8 @@ class Peer:
             failpoint("receive.pages_verified")
         else:
             self._book.count("corrupt pages")
-            self._fail(ticket, TransferError(f"pages of layer {frame.layer} are corrupt", code="kv_corrupt"))
+            message = f"pages of layers {frame.layer} to {frame.layers[-1]} are corrupt"
+            self._fail(ticket, TransferError(message, code="kv_corrupt"))
 
     def _ended(self, ticket: Incoming | None, ending: Ending | None) -> None:
         if ticket is None or ending is None:
@@ -256,10 +261,16 @@ class Peer:
         if ending is Ending.STOPPED:
             self._gone(ticket, "handoff_abandoned", f"{self.name} has given the hand-off up")
         elif ending is Ending.INCOMPLETE:
-            self._fail(ticket, TransferError("the hand-off was closed before all pages had arrived"))
+            try:
+                self._fail(ticket, TransferError("the hand-off was closed before all pages had arrived"))
+            finally:
+                self._ended(ticket, self._book.reported(ticket))
         elif closing is not None:
-            self._report(HandoffComplete(request_id, closing.token, closing.payload))
-            failpoint("receive.complete")
+            try:
+                self._report(HandoffComplete(request_id, closing.token, closing.payload))
+                failpoint("receive.complete")
+            finally:
+                self._ended(ticket, self._book.reported(ticket))
             self._tell(frames.Accepted(request_id, closing.nonce))
 
     def _gone(self, ticket: Incoming, code: str, message: str) -> None:
@@ -291,24 +302,30 @@ class _Stream:
 
     def check(self, frame: frames.Pages, share: Share) -> None:
         """Raises TransferError if the payload has not the size of the pages."""
-        nbytes = share.places.nbytes
+        nbytes = share.places.nbytes * len(share.layers)
         if not (self._mapped and frame.nbytes == 0 or self._inline and frame.nbytes == nbytes):
             raise TransferError(f"{frame.nbytes} bytes of payload for pages of {nbytes}")
 
     def take(self, frame: frames.Pages, share: Share) -> bool:
         """Have the pages in memory. False if they are not what was sent."""
-        layer, places = self._memories[share.rank].layer(frame.layer), share.places
-        in_place = frame.nbytes == 0
-        if not in_place and not places.are_long:
-            staged = self._room(places.nbytes)
-            self.connection.receive_into(staged)
-            intact = unit_digests([staged], share.unit_ends) == frame.digests
-            if intact:
-                places.scatter(staged, layer)
-            return intact
-        if not in_place:
-            self.connection.receive_scattered(places.views(layer))
-        return self._digests(layer, share) == frame.digests
+        memory, places = self._memories[share.rank], share.places
+        layers = [memory.layer(layer) for layer in share.layers]
+        if frame.nbytes and not places.are_long:
+            digests = [frame.digests_of(layer) for layer in share.layers]
+            found = [self._receive_staged(*part, share) for part in zip(layers, digests, strict=True)]  # all of them
+            return all(found)
+        if frame.nbytes:
+            self.connection.receive_scattered([view for layer in layers for view in places.views(layer)])
+        return b"".join([self._digests(layer, share) for layer in layers]) == frame.digests
+
+    def _receive_staged(self, layer: memoryview, digests: bytes, share: Share) -> bool:
+        """One layer's payload; it goes to its places only if it is what was sent."""
+        staged = self._room(share.places.nbytes)
+        self.connection.receive_into(staged)
+        intact = unit_digests([staged], share.unit_ends) == digests
+        if intact:
+            share.places.scatter(staged, layer)
+        return intact
 
     def _digests(self, layer: memoryview, share: Share) -> bytes:
         """Of pages that are in place."""

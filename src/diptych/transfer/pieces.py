@@ -1,8 +1,9 @@
 """In what portions a plan's bytes are moved.
 
-A frame is what one message announces: consecutive units (`policy.digest_units`) of one pair of ranks in one
-layer. It is large, since it costs both sides a few system calls, but not the whole layer, so that the target can
-verify one while the next is being written, and several streams can share the work.
+A frame is what one message announces: consecutive units (`policy.digest_units`) of one pair of ranks, in one
+layer or, where these are small and leave together, in several. It is large, since it costs both sides a few system
+calls, but not everything, so that the target can verify one while the next is being written, and several streams
+can share the work.
 
 It consists of pieces: what is copied in one go, and hashed while it is still in a cache, which takes about half
 the time of hashing it before or later.
@@ -11,7 +12,6 @@ the time of hashing it before or later.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,18 +75,24 @@ class Piece:
 
 
 class PairPieces:
-    """The pieces of one pair of a plan. All layers share them; they are made when the first one is wanted."""
+    """The pieces of one pair of a plan. All layers share them; each is made when it is first wanted, so that the first
+    frame can leave before the last one has been thought of."""
 
     def __init__(self, units: Units, ranges: Sequence[ByteRange]) -> None:
         self._units = units
         self._ranges = ranges
+        self._sides: tuple[Places, Places] | None = None
         self._parts = units.cut(units.groups, PIECE_BYTES)
         self._per_frame = max(FRAME_BYTES // PIECE_BYTES, 1)
-        self._pieces: list[Piece] = []
-        self._lock = threading.Lock()
+        self._pieces: dict[int, Piece] = {}
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    @property
+    def nbytes(self) -> int:
+        """In one layer."""
+        return self._units.end(self._units.groups.stop - 1)
 
     @property
     def num_frames(self) -> int:
@@ -98,22 +104,20 @@ class PairPieces:
         return [self[number] for number in range(first, min(first + self._per_frame, len(self)))]
 
     def __getitem__(self, index: int) -> Piece:
-        with self._lock:
-            if not self._pieces:
-                self._pieces = self._cut()
-            return self._pieces[index]
+        piece = self._pieces.get(index)
+        if piece is None:  # (two threads may both make it)
+            piece = self._pieces[index] = self._cut(self._parts[index])
+        return piece
 
-    def _cut(self) -> list[Piece]:
-        spans = [(span.source_offset, span.target_offset, span.length) for span in self._ranges]
-        source, target, lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-        sides = Places(source, lengths), Places(target, lengths)
-        pieces = []
-        for groups in self._parts:
-            start, stop = self._units.end(groups.start - 1), self._units.end(groups.stop - 1)
-            ours, theirs = (side.part(start, stop) for side in sides)
-            ends = self._units.ends(groups)
-            pieces.append(Piece(groups.start, ours, theirs, ends, ours.spans(ends), copies(ours, theirs)))
-        return pieces
+    def _cut(self, groups: range) -> Piece:
+        if self._sides is None:
+            spans = [(span.source_offset, span.target_offset, span.length) for span in self._ranges]
+            source, target, lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+            self._sides = Places(source, lengths), Places(target, lengths)
+        start, stop = self._units.end(groups.start - 1), self._units.end(groups.stop - 1)
+        ours, theirs = (side.part(start, stop) for side in self._sides)
+        ends = self._units.ends(groups)
+        return Piece(groups.start, ours, theirs, ends, ours.spans(ends), copies(ours, theirs))
 
 
 class PlanPieces:
@@ -125,6 +129,7 @@ class PlanPieces:
         if (plan.source_digest, plan.target_digest) != (source.digest, target.digest):
             raise ValueError("this plan is for other layouts than those of the two sides")
         self.plan = plan
+        self._target = target
         tokens = range(plan.first_token, plan.first_token + plan.num_tokens)
         group = math.lcm(source.block_size, target.block_size)
         begins = tokens.start % group == 0 or tokens.start == claims.first_block * target.block_size
@@ -140,7 +145,24 @@ class PlanPieces:
             for pair, transfer in zip(pairs, first, strict=False)
         ]
 
-    def of_layer(self, layer: int) -> Iterator[tuple[int, LayerTransfer, PairPieces]]:
-        """(number of the pair, who to whom, pieces) for each pair of ranks."""
-        for pair, (transfer, pieces) in enumerate(zip(self._transfers.get(layer, ()), self._pairs, strict=False)):
-            yield pair, transfer, pieces
+    def of_layers(self, layers: Sequence[int]) -> Iterator[tuple[int, list[LayerTransfer], PairPieces]]:
+        """(number of the pair, who to whom, pieces) for each pair of ranks, and one or more of the layers: as many
+        consecutive ones on one rank of the target as make a frame."""
+        for run in self._runs(layers):
+            for pair, pieces in enumerate(self._pairs):
+                step = max(FRAME_BYTES // pieces.nbytes, 1)
+                transfers = [self._transfers[layer][pair] for layer in run]
+                for start in range(0, len(run), step):
+                    yield pair, transfers[start : start + step], pieces
+
+    def _runs(self, layers: Sequence[int]) -> Iterator[list[int]]:
+        """Consecutive layers of one pipeline stage of the target."""
+        run: list[int] = []
+        for layer in layers:
+            if run and (layer != run[-1] + 1 or self._target.stage_of(layer) != self._target.stage_of(run[-1])):
+                yield run
+                run = []
+            if layer in self._transfers:
+                run.append(layer)
+        if run:
+            yield run

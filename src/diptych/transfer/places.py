@@ -18,6 +18,7 @@ from diptych.core.kv_layout import SequenceKV
 
 LONG_RUN_BYTES = 16 << 10  # from here on, runs are worth being sent and received one by one
 LONG_COPY_BYTES = 32 << 10  # from here on, a Python loop over copies is faster than moving every byte twice
+FEW = 8  # runs or copies that cost less one by one than a single call for all, however short they are
 
 Numbers = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -31,16 +32,21 @@ class Places:
     """
 
     def __init__(self, starts: Numbers, lengths: Numbers) -> None:
-        if len(starts) > 1:
-            fresh = np.ones(len(starts), dtype=bool)
-            np.not_equal(starts[1:], starts[:-1] + lengths[:-1], out=fresh[1:])
-            if not fresh.all():
-                starts, lengths = starts[fresh], np.add.reduceat(lengths, np.flatnonzero(fresh))
+        adjoin = starts[1:] == starts[:-1] + lengths[:-1]
+        if adjoin.any():
+            firsts = np.flatnonzero(np.concatenate(([True], ~adjoin)))
+            starts, lengths = starts[firsts], np.add.reduceat(lengths, firsts)
         self.starts, self.lengths = starts, lengths
-        self.ends: Numbers = np.cumsum(lengths)  # of the runs, in the stream
+        self.ends: Numbers = lengths.cumsum()  # of the runs, in the stream
         self.nbytes = int(self.ends[-1]) if len(starts) else 0
-        self._extent = (int(starts.min()), int((starts + lengths).max())) if len(starts) else (0, 0)
         self._rows: tuple[int, int, Numbers] | None = None
+
+    @functools.cached_property
+    def _extent(self) -> Span:
+        """From the first byte to the last, wherever they lie."""
+        if not len(self.starts):
+            return 0, 0
+        return int(self.starts.min()), int((self.starts + self.lengths).max())
 
     @property
     def is_one(self) -> bool:
@@ -50,7 +56,7 @@ class Places:
     @property
     def are_long(self) -> bool:
         """Few enough runs to go through them one by one."""
-        return self.is_one or self.nbytes >= LONG_RUN_BYTES * len(self.starts)
+        return len(self.starts) <= max(self.nbytes // LONG_RUN_BYTES, FEW)
 
     @functools.cached_property
     def runs(self) -> list[Span]:
@@ -143,7 +149,7 @@ def copies(source: Places, target: Places) -> list[Copy] | None:
     columns = (ends - begins, source.locate(begins), target.locate(begins))
     ranges = list(zip(*(column.tolist() for column in columns), strict=True))
     found: list[Copy] = []
-    most = max(source.nbytes // LONG_COPY_BYTES, 1)
+    most = max(source.nbytes // LONG_COPY_BYTES, FEW)
     index = 0
     while index < len(ranges):
         if len(found) == most:

@@ -11,6 +11,7 @@ import functools
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from diptych.core.errors import HandshakeError, PeerError
@@ -20,7 +21,7 @@ from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
 from diptych.transfer.incoming import TicketBook
 from diptych.transfer.peer import Connection, Peer, Target, TargetEvent
-from diptych.wire.blocking import accept, listening_socket
+from diptych.wire.blocking import accept, end_listening, listening_socket
 from diptych.wire.tls import ListenerTls, listener_tls
 
 __all__ = ["KVReceiver", "Target", "TargetEvent"]
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024  # at once, proven or not; each has a thread
 ACCEPT_PAUSE_SECONDS = 1.0  # after a failed accept
+CLOSE_SECONDS = 10.0  # for sources to let go of our memory
 
 
 class KVReceiver:
@@ -76,8 +78,9 @@ class KVReceiver:
         elif isinstance(writer, Peer):
             writer.cancel(ticket)
 
-    def close(self) -> None:
-        """Take no more connections, and end those there are."""
+    def close(self) -> bool:
+        """Take no more connections, and end those there are. False if a source on this machine has not let go of our
+        memory after CLOSE_SECONDS (it may be frozen): it could write there once more."""
         with self._lock:
             self._closing.set()
             threads, peers = tuple(self._threads), tuple(self._peers.values())
@@ -87,20 +90,26 @@ class KVReceiver:
             peer.end()
         for sock in self._listeners:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+                end_listening(sock)
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in threads:
-            thread.join()
+            thread.join(max(deadline - time.monotonic(), 0.0))
         for sock in self._listeners:
             sock.close()
+        return not any(thread.is_alive() for thread in threads)
 
     def _start(self, work: Callable[[], None], name: str) -> bool:
-        """Run `work` on a thread of its own. False if there are too many, or no more are wanted."""
+        """Run `work` on a thread of its own. False if there are too many, or no more can be had or are wanted."""
         with self._lock:
             self._threads = {thread for thread in self._threads if thread.is_alive()}
             if self._closing.is_set() or len(self._threads) >= MAX_CONNECTIONS:
                 return False
             thread = threading.Thread(target=work, name=name, daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more; those who run shall go on
+                log.error("no thread for a data connection: %s", error)
+                return False
             self._threads.add(thread)
             return True
 

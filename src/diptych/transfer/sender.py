@@ -13,18 +13,18 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from diptych.chaos.failpoints import failpoint
-from diptych.core.errors import PeerError, TransferError
+from diptych.core.errors import HandshakeError, PeerError, ProtocolError, TransferError
 from diptych.core.events import LinkLost, PushAccepted, PushCancelled, PushRejected, PushStopped
 from diptych.core.fleet import WorkerId
-from diptych.core.kv_layout import LayerTransfer, TransferPlan
+from diptych.core.kv_layout import TransferPlan
 from diptych.core.ports import PageSource
 from diptych.core.request import SampledToken
 from diptych.core.ticket import TicketClaims
 from diptych.transfer import frames
-from diptych.transfer.pieces import PairPieces, PlanPieces
+from diptych.transfer.pieces import PlanPieces
+from diptych.transfer.pushes import FrameJob, Push
 from diptych.transfer.streams import Connection, Endpoint, Identity, Stream, connect, introduce
 from diptych.transfer.writers import InlineWriter, PageWriter
 from diptych.wire.blocking import STALL_SECONDS
@@ -37,30 +37,6 @@ SourceEvent = PushAccepted | PushRejected | PushCancelled | LinkLost | PushStopp
 WrapWriter = Callable[[PageWriter], PageWriter]
 
 NUM_STREAMS = 2
-
-
-@dataclass(slots=True, eq=False)
-class _Push:
-    """One request's pages on their way. `over` stops everything that is still queued for it."""
-
-    claims: TicketClaims
-    go: threading.Event = field(default_factory=threading.Event)
-    begun: bool = False
-    over: bool = False
-    num_frames: int = 0  # to be sent
-    num_jobs: int = 0  # queued or under way
-    stopping: bool = False  # as soon as there is none
-
-
-@dataclass(frozen=True, slots=True)
-class _FrameJob:
-    """One frame of one layer, out of these memories."""
-
-    transfer: LayerTransfer
-    pair: int
-    pieces: PairPieces
-    index: int
-    sources: Sequence[PageSource] | Mapping[int, PageSource]
 
 
 Job = Callable[[Stream], None]
@@ -93,7 +69,7 @@ class PushLink:
         self._report = report
         self._wrap = wrap
         self._lock = threading.Lock()  # guards what follows, and the pushes' counters
-        self._pushes: dict[str, _Push] = {}
+        self._pushes: dict[str, Push] = {}
         self._ended = False
         self._working = 1  # threads that take jobs
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -109,26 +85,35 @@ class PushLink:
     # called by the worker, from any thread
 
     def begin(self, request_id: str, claims: TicketClaims) -> None:
-        """Ask for the target's leave now, not at the first push: so it hears of an early end, too."""
-        self._queue(self._open(request_id, claims), lambda push, stream: self._begin(push))
+        """Ask for the target's leave now, not at the first push: so it hears of an early end, too. Without waiting
+        for a thread, if possible: the answer takes as long as planning a small push does."""
+        push = self._open(request_id, claims)
+        try:
+            with self._lock:
+                push.begun = push.begun or not self.lost and self._streams[0].send_at_once(_begin(push))
+        except OSError as error:
+            self._lose(error)
+        if not push.begun:
+            self._queue(push, lambda push, stream: self._ask(push))
 
     def push(
         self,
         request_id: str,
         claims: TicketClaims,
         plan: TransferPlan,
-        layer: int,
+        layers: Sequence[int],
         sources: Sequence[PageSource] | Mapping[int, PageSource] | None = None,
     ) -> None:
-        """Send one layer's pages of a plan, of all its pairs of ranks, out of `sources` (by default the link's own).
+        """Send some layers' pages of a plan, of all its pairs of ranks, out of `sources` (by default the link's own).
+        Small layers that come together share their frames.
 
         Raises ValueError if the plan is not one from this link's layout to the ticket's, or cuts a unit in two."""
         cut = self._pieces_of(plan, claims)
         push = self._open(request_id, claims)
         from_ranks = self._sources if sources is None else sources
-        for pair, transfer, pieces in cut.of_layer(layer):
+        for pair, transfers, pieces in cut.of_layers(layers):
             for index in range(pieces.num_frames):
-                job = _FrameJob(transfer, pair, pieces, index, from_ranks)
+                job = FrameJob(transfers, pair, pieces, index, from_ranks)
                 with self._lock:
                     push.num_frames += 1
                 self._queue(push, functools.partial(self._send_pages, job))
@@ -146,9 +131,25 @@ class PushLink:
             push.stopping = True
         self._queue(push, _nothing)
 
-    def end(self) -> None:
-        """Hang up and end the threads. Requests that are neither over nor abandoned hear that the link is lost."""
+    def carries(self, claims: TicketClaims) -> bool:
+        """Whether this ticket's push began here, and has not ended."""
+        with self._lock:
+            push = self._pushes.get(claims.request_id)
+            return push is not None and push.claims.nonce == claims.nonce
+
+    @property
+    def ended(self) -> bool:
+        """Whether all threads are done with their last jobs."""
+        return self._ended
+
+    def hang_up(self) -> None:
+        """Have the threads end, each after its job, and do not wait for that. Requests that are neither over nor
+        abandoned hear that the link is lost."""
         self._lose(TransferError("it was ended here"))
+
+    def end(self) -> None:
+        """Hang up, and wait for the threads to end."""
+        self.hang_up()
         for thread in self._threads:
             thread.join()
 
@@ -159,23 +160,23 @@ class PushLink:
             known = self._pieces = PlanPieces(plan, self._layout, claims)
         return known
 
-    def _open(self, request_id: str, claims: TicketClaims) -> _Push:
+    def _open(self, request_id: str, claims: TicketClaims) -> Push:
         """This request's push; a new one at its first job (which on a lost link is lost at once)."""
         with self._lock:
             push = self._pushes.get(request_id)
             if push is not None and push.claims.nonce == claims.nonce:
                 return push
-            push = self._pushes[request_id] = _Push(claims, over=self.lost)
+            push = self._pushes[request_id] = Push(claims, over=self.lost)
         if push.over:
             self._report(LinkLost(self.target, (request_id,)))
         return push
 
     @staticmethod
-    def _stop_push(push: _Push) -> None:
+    def _stop_push(push: Push) -> None:
         push.over = True
         push.go.set()
 
-    def _queue(self, push: _Push, job: Callable[[_Push, Stream], None]) -> None:
+    def _queue(self, push: Push, job: Callable[[Push, Stream], None]) -> None:
         """For whichever thread is free; when they have ended (and the link is lost), here."""
 
         def for_push(stream: Stream) -> None:
@@ -236,24 +237,28 @@ class PushLink:
             connection.close()
             raise
         stream.connection = connection
-        self._reader = threading.Thread(
-            target=self._read_answers, args=(connection,), name=f"answers of {self.target}", daemon=True
+        reading = functools.partial(self._read_answers, connection)
+        reader = threading.Thread(
+            target=self._guarded, args=(reading, stream), name=f"answers of {self.target}", daemon=True
         )
-        self._reader.start()
+        reader.start()
+        self._reader = reader
         for further in self._streams[1:]:
-            with self._lock:
-                self._working += 1
             thread = threading.Thread(
                 target=self._follow, args=(further, welcome.link), name=f"push to {self.target}", daemon=True
             )
+            with self._lock:  # the thread cannot end before it is counted
+                thread.start()
+                self._working += 1
             self._threads.append(thread)
-            thread.start()
 
     def _join(self, link: bytes, stream: Stream) -> None:
         stream.connection = connect(self._endpoint, self._identity)
         stream.send(frames.Join(link))
+        if not isinstance(stream.connection.receive(STALL_SECONDS), frames.Joined):
+            raise HandshakeError(f"worker {self.target} did not let a further connection join")
 
-    def _do(self, push: _Push, job: Callable[[_Push, Stream], None], stream: Stream) -> None:
+    def _do(self, push: Push, job: Callable[[Push, Stream], None], stream: Stream) -> None:
         """One job of a push. Whoever does its last one says that it has stopped, if it is to stop."""
         try:
             job(push, stream)
@@ -274,35 +279,42 @@ class PushLink:
         """Say something on the first connection."""
         self._streams[0].send(message)
 
-    def _begin(self, push: _Push) -> None:
-        """Before the first write: the target's leave. (A block that it has taken back is somebody else's.)"""
-        claims = push.claims
+    def _ask(self, push: Push) -> None:
+        """For the target's leave to write, once."""
         with self._lock:
             first, push.begun = not push.begun, True
         if first:
-            self._answer(frames.Begin(claims.request_id, claims.nonce, claims.epoch))
+            self._answer(_begin(push))
+
+    def _may_go_on(self, push: Push) -> bool:
+        """Before the first write: the target's leave. (A block that it has taken back is somebody else's.) False if
+        this push is not wanted any more. On a lost link nothing is: its connections may have ended, and with them the
+        right to write."""
+        if push.over or self.lost:
+            return False
+        self._ask(push)
         if not push.go.wait(STALL_SECONDS):
             raise TransferError(f"worker {self.target} does not answer")
+        return not (push.over or self.lost)
 
-    def _may_go_on(self, push: _Push) -> bool:
-        """Whether this push is still wanted, once it has begun."""
-        if not push.over:
-            self._begin(push)
-        return not push.over
-
-    def _send_pages(self, job: _FrameJob, push: _Push, stream: Stream) -> None:
+    def _send_pages(self, job: FrameJob, push: Push, stream: Stream) -> None:
+        if push.over:
+            return
+        self._ask(push)
+        pieces = job.pieces.frame(job.index)  # which takes a while, so while the target answers
         if not self._may_go_on(push):
             return
-        claims, transfer, pieces = push.claims, job.transfer, job.pieces.frame(job.index)
-        digests, payload = stream.write(self._writer, transfer, pieces, job.sources[transfer.source_rank])
+        claims, transfers = push.claims, job.transfers
+        digests, payload = stream.write(self._writer, transfers, pieces, job.sources)
         nbytes = sum(map(len, payload))
         if self.lost:
             return
         about = claims.request_id, claims.nonce, claims.epoch
-        stream.send(frames.Pages(*about, transfer.layer, job.pair, pieces[0].first_group, digests, nbytes), payload)
+        where = transfers[0].layer, len(transfers), job.pair, pieces[0].first_group
+        stream.send(frames.Pages(*about, *where, digests, nbytes), payload)
         failpoint("push.layer_sent")
 
-    def _send_close(self, push: _Push, token: SampledToken, payload: bytes) -> None:
+    def _send_close(self, push: Push, token: SampledToken, payload: bytes) -> None:
         if self._may_go_on(push):
             claims = push.claims
             self._answer(frames.Close(claims.request_id, claims.nonce, claims.epoch, push.num_frames, token, payload))
@@ -310,18 +322,15 @@ class PushLink:
 
     # the reader thread
 
-    def _read_answers(self, connection: Connection) -> None:
-        try:
-            while (answer := connection.receive()) is not None:
-                self._take(answer)
-            error: Exception = TransferError(f"worker {self.target} has closed the data connection")
-        except (OSError, PeerError) as broken:
-            error = broken
-        self._lose(error)
+    def _read_answers(self, connection: Connection, stream: Stream) -> None:
+        while (answer := connection.receive()) is not None:
+            self._take(answer)
+        raise TransferError(f"worker {self.target} has closed the data connection")
 
     def _take(self, answer: frames.FromTarget) -> None:
-        if isinstance(answer, frames.PushWelcome | frames.Refused):
-            return
+        """Raises ProtocolError for what is no answer about a push."""
+        if not isinstance(answer, frames.Go | frames.Accepted | frames.Rejected | frames.Cancel):
+            raise ProtocolError(f"worker {self.target} said {type(answer).__name__} out of turn")
         with self._lock:
             push = self._pushes.get(answer.request_id)
             if push is not None and push.claims.nonce != answer.nonce:
@@ -362,7 +371,11 @@ class PushLink:
             self._jobs.put(None)  # wakes the threads
 
 
-def _nothing(push: _Push, stream: Stream) -> None:
+def _begin(push: Push) -> frames.Begin:
+    return frames.Begin(push.claims.request_id, push.claims.nonce, push.claims.epoch)
+
+
+def _nothing(push: Push, stream: Stream) -> None:
     """A job that only finds out whether its push has stopped."""
 
 

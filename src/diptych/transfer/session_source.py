@@ -22,6 +22,8 @@ from diptych.transfer.local import LocalEndpoint
 from diptych.transfer.sender import Identity, PushLink
 from diptych.transfer.sender import SourceEvent as LinkEvent
 from diptych.transfer.session_target import DEFAULT_LEASE_SECONDS, KVTarget
+from diptych.wire.address import parse_address
+from diptych.wire.key_file import check_key
 from diptych.wire.tickets import open_ticket
 
 MAX_PAYLOAD_BYTES = 64 << 10
@@ -34,10 +36,11 @@ class KVSource:
     """Opens sessions towards any number of targets. All methods may be called from any thread.
 
     `key` is the secret that all sources and targets of one fleet share, `model` what both sides must agree
-    on, `name` what targets call this source in their logs.
+    on, `name` what targets call this source in their logs. Raises ConfigError if the key is too short to be a secret.
     """
 
     def __init__(self, *, key: bytes, model: str = "", name: str = "source") -> None:
+        check_key(key)
         self._key = key
         self._identity = Identity(key=key, worker_id=name, model_digest=model)
         self._changed = threading.Condition()  # guards what follows, and the sessions' states
@@ -61,9 +64,12 @@ class KVSource:
         accepted within `lease` seconds, the session fails.
 
         Raises TicketError if the ticket is not this fleet's or is for another session or model, ValueError
-        if a session of this name is open or if the target's layout cannot be made from this one. That the
-        target cannot be reached shows when pushing or waiting.
+        if a session of this name is open or if the target's layout cannot be made from this one, and ConfigError if
+        `target` is no address, or one that leaves this machine without TLS. That the target cannot be reached
+        shows when pushing or waiting.
         """
+        if isinstance(target, str):
+            parse_address(target)
         claims = open_ticket(ticket, self._key)
         if (claims.request_id, claims.model_digest) != (session_id, self._identity.model_digest):
             raise TicketError(
@@ -78,12 +84,10 @@ class KVSource:
                 raise ValueError("this source has been closed")
             if session_id in self._sessions:
                 raise ValueError(f"there is a session {session_id!r} already")
-            link, lost = self._link(target, layout, claims)
+            link = self._link(target, layout, claims)
             session = self._sessions[session_id] = SourceSession(self, claims, origin, link)
             self._leases.grant(session, lease)
             link.begin(session_id, claims)
-        if lost is not None:
-            lost.end()  # without the lock, since it waits for threads that may be in `_on`
         return session
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -112,16 +116,16 @@ class KVSource:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _link(self, target: _Peer, layout: KVLayout, claims: TicketClaims) -> tuple[PushLink, PushLink | None]:
-        """The connection for KV of this layout to this target: the one there is, or a new one (and the lost
-        one that it replaces). With the lock held."""
-        known = self._links.get((target, layout.digest))
-        if known is not None and not known.lost:
-            return known, None
-        no_pages = [KVMemory(layout, 0, memoryview(b""))]  # sessions bring their own
-        link = PushLink(claims.worker_id, _endpoint(target), self._identity, no_pages, self._on)
-        self._links[target, layout.digest] = link
-        return link, known
+    def _link(self, target: _Peer, layout: KVLayout, claims: TicketClaims) -> PushLink:
+        """The connection for KV of this layout to this target: the one there is, or a new one. Lost ones are forgotten,
+        whoever they led to: their sessions know them. With the lock held."""
+        self._links = {where: link for where, link in self._links.items() if not link.lost}
+        link = self._links.get((target, layout.digest))
+        if link is None:
+            no_pages = [KVMemory(layout, 0, memoryview(b""))]  # sessions bring their own
+            link = PushLink(claims.worker_id, _endpoint(target), self._identity, no_pages, self._on)
+            self._links[target, layout.digest] = link
+        return link
 
     def _forget(self, session: SourceSession) -> None:
         """A session is over. With the lock held."""
@@ -221,8 +225,7 @@ class SourceSession:
         wanted = self._layers(ranks, layers)
         with self._changed:
             self._check_open()
-            for layer in wanted:
-                self._link.push(self.session_id, self._claims, plan, layer, ranks)
+            self._link.push(self.session_id, self._claims, plan, wanted, ranks)
 
     def _pages(self, kv: Any) -> dict[int, KVMemory | KVPages]:
         """What was given, by rank."""

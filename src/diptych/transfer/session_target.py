@@ -25,6 +25,7 @@ from diptych.transfer.leases import Leases
 from diptych.transfer.memory import SharedMemory, memory_bytes
 from diptych.transfer.receiver import KVReceiver, Target
 from diptych.transfer.receiver import TargetEvent as ReceiverEvent
+from diptych.wire.key_file import check_key
 from diptych.wire.tickets import mint
 
 DEFAULT_LEASE_SECONDS = 60.0
@@ -86,7 +87,10 @@ class KVTarget:
     `key` is the secret that all sources and targets of one fleet share, `model` what both sides must agree
     on, `pool` who gives blocks out (by default a pool for each data-parallel rank). `address` is where sources connect:
     `unix:PATH` (pages travel through shared memory), `tcp:HOST:PORT` (in the connection; port 0 takes a free
-    one), or None if they are all in this process. Raises ConfigError if there is not so much memory.
+    one), `tls:HOST:PORT` (the same, encrypted, for other hosts), or None if they are all in this process.
+
+    Raises ConfigError if there is not so much memory, if the key is too short to be a secret, or for an address that
+    leaves this machine without TLS.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class KVTarget:
         model: str = "",
         pool: Blocks | None = None,
     ) -> None:
+        check_key(key)
         self._key = key
         self._model = model
         self._epoch = time.time_ns()  # tickets of an earlier life are void
@@ -106,9 +111,10 @@ class KVTarget:
         self._pools = [
             BlockPool(num_blocks, layout.block_size) if pool is None else pool for _ in range(layout.data_parallel)
         ]
-        ranks = range(layout.world_size)
-        self._segments = [SharedMemory(memory_bytes(layout, num_blocks, rank)) for rank in ranks]
-        self.memories = tuple(KVMemory(layout, num_blocks, self._segments[rank].buffer, rank) for rank in ranks)
+        self._segments = _take_memory(layout, num_blocks)
+        self.memories = tuple(
+            KVMemory(layout, num_blocks, segment.buffer, rank) for rank, segment in enumerate(self._segments)
+        )
         about = Target(
             key=key,
             epoch=self._epoch,
@@ -122,7 +128,11 @@ class KVTarget:
         self._closed = False
         self._leases: Leases[_Session] = Leases(self._expire)
         self.receiver = KVReceiver(about, self._on)
-        self.address = None if address is None else self.receiver.listen(address)
+        try:
+            self.address = None if address is None else self.receiver.listen(address)
+        except BaseException:
+            self.close()
+            raise
 
     def expect(
         self,
@@ -140,10 +150,14 @@ class KVTarget:
         sent, and stay their owner's. `data_rank` is the data-parallel rank that it goes to. A session that has
         not been pulled within `lease` seconds is ended.
 
-        Raises ValueError if a session of this name is open, TransferError while draining, and what the pool
-        raises when it is out of blocks (`OutOfBlocks`).
+        Raises ValueError if a session of this name is open or there is no such rank, TransferError while draining and
+        after the end, and what the pool raises when it is out of blocks (`OutOfBlocks`).
         """
+        if data_rank not in range(self.layout.data_parallel):
+            raise ValueError(f"data-parallel rank {data_rank} of {self.layout.data_parallel}")
         with self._changed:
+            if self._closed:
+                raise TransferError("this target has been closed", code="closed")
             if self._draining:
                 raise TransferError("this target is draining", code="draining")
             known = self._sessions.get(session_id)
@@ -221,9 +235,10 @@ class KVTarget:
 
     def close(self) -> None:
         """Take nothing in any more; open sessions fail. The memory goes when the last view into it does."""
-        if self._closed:
+        with self._changed:
+            closed, self._closed = self._closed, True
+        if closed:
             return
-        self._closed = True
         self.receiver.close()
         for session in list(self._sessions.values()):
             if session.failure is None:
@@ -313,6 +328,17 @@ class KVTarget:
         over = session.side.state is TargetState.RELEASED and not session.unread
         if over and self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]
+
+
+def _take_memory(layout: KVLayout, num_blocks: int) -> list[SharedMemory]:
+    """A segment for each rank: all of them, or none."""
+    segments: list[SharedMemory] = []
+    with contextlib.ExitStack() as undo:
+        for rank in range(layout.world_size):
+            segments.append(SharedMemory(memory_bytes(layout, num_blocks, rank)))
+            undo.callback(segments[-1].close)
+        undo.pop_all()
+    return segments
 
 
 def _is_settled(session: _Session) -> bool:

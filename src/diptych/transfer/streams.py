@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diptych.core.errors import HandshakeError, TransferError
@@ -91,6 +92,18 @@ class Stream:
                 raise TransferError("no data connection")
             self.connection.send(message, payload)
 
+    def send_at_once(self, message: object) -> bool:
+        """Send something small, unless that means to wait. False if it does, or if there is no connection (yet)."""
+        if not self._send_lock.acquire(blocking=False):
+            return False
+        try:
+            if self.connection is None or not self.connection.is_free:
+                return False
+            self.connection.send(message)
+            return True
+        finally:
+            self._send_lock.release()
+
     def hang_up(self) -> None:
         """Close the connection."""
         if self.connection is not None:
@@ -101,14 +114,19 @@ class Stream:
             connection.close()
 
     def write(
-        self, writer: PageWriter, transfer: LayerTransfer, pieces: Sequence[Piece], source: PageSource
+        self,
+        writer: PageWriter,
+        transfers: Sequence[LayerTransfer],
+        pieces: Sequence[Piece],
+        sources: Sequence[PageSource] | Mapping[int, PageSource],
     ) -> tuple[bytes, list[memoryview]]:
-        """Move one frame's pieces; returns the digests of their units, and the bytes for the frame itself."""
-        layer = source.layer(transfer.layer)
+        """Move one frame: these pieces of each of the layers. Returns the digests of their units, and the bytes for
+        the frame itself."""
         digests: list[bytes] = []
         payload: list[memoryview] = []
         used = 0  # of the scratch memory, by what is still to be sent
-        for piece in pieces:
+        for transfer, piece in itertools.product(transfers, pieces):
+            layer = sources[transfer.source_rank].layer(transfer.layer)
             piece.source.check(len(layer))
             staged = self._stage(piece.source, layer, used) if writer.needs_staging(piece) else None
             inline = writer.write(transfer, piece, layer, staged)

@@ -63,7 +63,8 @@ class MappedWriter:
         return ()
 
     def close(self) -> None:
-        """The mapping goes with its last view."""
+        """Let go of the memory: as long as anybody maps it, a target that has died still takes its room."""
+        self._memories = ()
 
 
 class InlineWriter:

@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import ssl
+import stat
 import struct
 import time
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ class BlockingConnection(Generic[T]):
         self._socket = TlsStream(sock, STALL_SECONDS) if isinstance(sock, ssl.SSLSocket) else _blocking(sock)
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
 
     def send(self, message: object, payload: Sequence[memoryview] = ()) -> None:
         """Send a message, and after it the payload buffers. Blocks while the peer is slow."""
@@ -53,6 +56,11 @@ class BlockingConnection(Generic[T]):
         for start in range(0, max(len(payload), 1), _MAX_BUFFERS):
             part = payload[start : start + _MAX_BUFFERS]
             self._send_all([frame, *part] if start == 0 else list(part))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a small message could be sent now without waiting for the peer."""
+        return bool(self._writable.poll(0))
 
     def _send_all(self, buffers: list[memoryview]) -> None:
         while buffers:
@@ -238,6 +246,7 @@ def listening_socket(address: str) -> tuple[socket.socket, str]:
         return sock, str(replace(where, port=sock.getsockname()[1]))
     sock = socket.socket(socket.AF_UNIX)
     try:
+        _remove_stale(where.path)
         sock.bind(where.path)
         os.chmod(where.path, 0o600)
         sock.listen()
@@ -245,6 +254,27 @@ def listening_socket(address: str) -> tuple[socket.socket, str]:
         sock.close()
         raise
     return sock, address
+
+
+def end_listening(sock: socket.socket) -> None:
+    """Take no more callers and wake whoever waits for them. The name of a Unix socket goes before it does, so that it
+    cannot be a successor's."""
+    if sock.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):  # somebody has cleaned up already
+            os.unlink(sock.getsockname())
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the name of a Unix socket that nobody listens at any more: that of somebody who was killed."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+            with socket.socket(socket.AF_UNIX) as caller, contextlib.suppress(BlockingIOError):  # there is, but busy
+                caller.setblocking(False)
+                try:
+                    caller.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -125,8 +125,9 @@ async def connect(address: str, key: bytes, expects: Any) -> StreamChannel[Any]:
     where = parse_address(address)
     try:
         reader, writer = await (_dial(where) if isinstance(where, TcpAddress) else _dial_unix(where))
-    except ssl.SSLError as error:
-        raise HandshakeError(f"no handshake with {address}: {error.reason}; is --tls given on both sides?") from error
+    except (ssl.SSLError, ConnectionResetError, ConnectionAbortedError) as error:
+        reason = error.reason if isinstance(error, ssl.SSLError) else "the other end hung up"
+        raise HandshakeError(f"no handshake with {address}: {reason}; is --tls given on both sides?") from error
     binding = b""
     if (secured := writer.get_extra_info("ssl_object")) is not None:
         binding = binding_of(secured.getpeercert(binary_form=True))

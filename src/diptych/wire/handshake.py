@@ -42,6 +42,8 @@ class ConnectorSide:
 
     def answer(self, reply: bytes) -> bytes:
         """Check the listener's proof and give ours. Raises HandshakeError."""
+        if reply.startswith(b"HTTP/"):
+            raise HandshakeError("the listener is a web server; workers join at the address of --listen")
         theirs, proof = reply[:NONCE_BYTES], reply[NONCE_BYTES:]
         nonces = self._nonce + theirs
         if not hmac.compare_digest(proof, _proof(self._key, b"listener", nonces, self._binding)):

@@ -30,6 +30,12 @@ def read_key(path: Path) -> bytes:
     return key
 
 
+def check_key(key: bytes) -> None:
+    """Raises ConfigError if a key is too short to be a secret."""
+    if len(key) < MIN_BYTES:
+        raise ConfigError(f"a fleet's key of {len(key)} bytes; it has at least {MIN_BYTES}")
+
+
 def read_or_create_key(path: Path) -> bytes:
     """As `read_key`; a file that is not there is made, with a fresh key in hexadecimal."""
     try:

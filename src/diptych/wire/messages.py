@@ -11,7 +11,7 @@ import msgspec
 from diptych.core.fleet import Epoch, KVEndpoint, Manifest, Role, WorkerId, WorkerStats
 from diptych.core.request import Request, TokenOutput
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -53,9 +53,12 @@ class Leaving(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """Alive, and this is the load. Sent every second, and soon after a change."""
+    """This is the load. Answers each Ping at once, and is sent soon after a change; `ping` is the number of the last
+    Ping that came (0: none yet), which proves both directions of the connection. `turned_away`: see WorkerView."""
 
     stats: WorkerStats
+    ping: int
+    turned_away: tuple[tuple[str, int], ...]
 
 
 class Granted(Message, frozen=True):
@@ -116,6 +119,12 @@ class Refused(Message, frozen=True):
     reason: str
 
 
+class Ping(Message, frozen=True):
+    """Sent every second, unless the last one is not answered yet. Answered by a Heartbeat."""
+
+    number: int
+
+
 class Serve(Message, frozen=True):
     """Continue this log alone: prefill where it decodes."""
 
@@ -155,4 +164,4 @@ class Shutdown(Message, frozen=True):
     """End now."""
 
 
-ToWorker = NewEpoch | Welcome | Refused | Serve | Reserve | Prefill | Abort | WarmUp | Shutdown
+ToWorker = NewEpoch | Welcome | Refused | Ping | Serve | Reserve | Prefill | Abort | WarmUp | Shutdown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from diptych.chaos.detour import detour
@@ -93,6 +94,7 @@ class DataPlane:
         self._kv = kv
         self._post = post
         self._closed = False
+        self._num_streams = settings.num_streams
         self._identity = Identity(key=settings.key, worker_id=settings.worker_id, model_digest=model_digest)
         target = Target(
             key=settings.key,
@@ -103,7 +105,9 @@ class DataPlane:
             nixl=_offers_nixl(settings),
         )
         self._receiver = KVReceiver(target, self._report)
+        self._revocations = ThreadPoolExecutor(1, "revocations")
         self._links: dict[WorkerId, tuple[Epoch, PushLink]] = {}
+        self._ending: list[PushLink] = []  # that others have taken the place of
         # KV in device memory is out of reach of these transports: such a worker serves un-split.
         transports = settings.transports if settings.engine.device == "cpu" else ()
         self.endpoints = tuple(
@@ -116,27 +120,41 @@ class DataPlane:
         if not self._closed:
             self._post(event)
 
+    def count(self, reason: str) -> None:
+        """Something was turned away before it came here."""
+        self._receiver.book.count(reason)
+
+    @property
+    def turned_away(self) -> tuple[tuple[str, int], ...]:
+        """What was no good, by reason, and how often."""
+        return self._receiver.book.turned_away()
+
     # as target
 
     def expect(self, claims: TicketClaims) -> None:
         self._receiver.expect(claims)
 
     def revoke(self, request_id: str) -> None:
-        self._receiver.revoke(request_id)
+        """Accept nothing more for this request. Never blocks, as telling a source that does not read may."""
+        if not self._closed:
+            revoked = self._revocations.submit(self._receiver.revoke, request_id)
+            revoked.add_done_callback(Future.result)  # what went wrong is logged
 
     # as source
 
     def open_link(self, target: WorkerId, epoch: Epoch, endpoint: KVEndpoint) -> None:
-        """Have a link to this life of a worker: the one there is, or a new one."""
+        """Have a link to this life of a worker, or a later one: the one there is, or a new one. Never blocks."""
         known_epoch, link = self._links.get(target, (0, None))
-        if link is not None and known_epoch == epoch and not link.lost:
+        if link is not None and (known_epoch > epoch or (known_epoch == epoch and not link.lost)):
             return
         if link is not None:
-            link.end()
-        self._links[target] = (epoch, PushLink(target, endpoint, self._identity, self._kv.memories, self._report))
+            link.hang_up()
+            self._ending = [*(old for old in self._ending if not old.ended), link]
+        new = PushLink(target, endpoint, self._identity, self._kv.memories, self._report, num_streams=self._num_streams)
+        self._links[target] = (epoch, new)
 
     def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
-        self._link(claims).push(request_id, claims, plan, layer)
+        self._link(claims).push(request_id, claims, plan, [layer])
 
     def close_handoff(self, request_id: str, claims: TicketClaims, token: SampledToken) -> None:
         self._link(claims).close_handoff(request_id, claims, token)
@@ -145,11 +163,18 @@ class DataPlane:
         self._link(claims).abandon(request_id, claims)
 
     def _link(self, claims: TicketClaims) -> PushLink:
-        return self._links[claims.worker_id][1]
+        """The link on which this ticket's push began, or is to begin."""
+        began = (link for link in self._ending if link.carries(claims))
+        return next(began, self._links[claims.worker_id][1])
 
-    def close(self) -> None:
-        """End all links and stop taking pages in."""
+    def close(self) -> bool:
+        """End all links and stop taking pages in. False if somebody might still write to the KV memory."""
         self._closed = True
-        for _, link in self._links.values():
+        links = [*self._ending, *(link for _, link in self._links.values())]
+        for link in links:
+            link.hang_up()
+        for link in links:
             link.end()
-        self._receiver.close()
+        quiet = self._receiver.close()
+        self._revocations.shutdown()
+        return quiet

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from diptych.core.clock import WallClock
-from diptych.core.errors import ConfigError, HandshakeError, PeerError
+from diptych.core.errors import ConfigError, HandshakeError, PeerError, in_words
 from diptych.core.fleet import Epoch
 from diptych.core.ports import Engine
 from diptych.core.settings import WorkerSettings
@@ -90,8 +90,8 @@ async def _join(settings: WorkerSettings, last: Epoch) -> tuple[StreamChannel[me
 async def _wait(settings: WorkerSettings, departure: Departure, seconds: float | None, error: Exception) -> None:
     """Before the next try, unless it is time to leave. Raises ConfigError if there is to be none."""
     if seconds is None:
-        raise ConfigError(f"no router at {settings.router}: {error}")
-    log.warning("cannot join %s (%s); trying again in %.2f s", settings.router, error, seconds)
+        raise ConfigError(f"no router at {settings.router}: {in_words(error)}")
+    log.warning("cannot join %s (%s); trying again in %.2f s", settings.router, in_words(error), seconds)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await departure.wanted.wait()

@@ -14,6 +14,7 @@ from diptych.chaos.failpoints import failpoint
 from diptych.core.actions import (
     AbandonPush,
     CloseHandoff,
+    DropRow,
     ForgetRequest,
     GrantTicket,
     PushPages,
@@ -42,7 +43,7 @@ from diptych.worker.step_runner import StepRunner
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0  # heartbeat and deadlines
+TICK_SECONDS = 1.0  # deadlines
 REPORT_SECONDS = 0.02  # how long a change of load may wait for others before it is reported
 
 NONCE_BYTES = 16
@@ -67,16 +68,19 @@ class WorkerLoop:
         self._clock = clock
         self._journal = journal
         self._loop = asyncio.get_running_loop()
-        self._steps = StepRunner(engine, self._push_layer, self.post, self._give_up)
+        self._engine = engine
+        self._steps = StepRunner(engine, self._push_layer, self.post, self._engine_lost)
         self._data: DataPlane | None = None
         self._manifest: Manifest | None = None
         self._report_due = False
         self._last_stats = policy.stats()
+        self._last_ping = 0
 
     def start(self, data: DataPlane, manifest: Manifest) -> None:
         """Begin. (The data plane posts its events here, so it is made after this object.)"""
         self._data, self._manifest = data, manifest
         self._steps.start()
+        self._engine.watch(self._engine_lost)
 
     @property
     def data(self) -> DataPlane:
@@ -94,8 +98,8 @@ class WorkerLoop:
         """Hand an event over, from any thread."""
         self._loop.call_soon_threadsafe(self.handle, event)
 
-    def _give_up(self, error: EngineLost) -> None:
-        """On the compute thread: this worker cannot go on. An error that escapes a callback ends it (`main.serve`)."""
+    def _engine_lost(self, error: EngineLost) -> None:
+        """On any thread: this worker cannot go on. An error that escapes a callback ends it (`main.serve`)."""
 
         def fail() -> None:
             raise error
@@ -114,22 +118,28 @@ class WorkerLoop:
             self._loop.call_later(REPORT_SECONDS, self._report)
 
     async def beat(self) -> None:
-        """Tick and report for as long as the task lives."""
+        """Tick for as long as the task lives."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.handle(Tick())
-            self._channel.send(messages.Heartbeat(self._policy.stats()))
 
-    async def stop(self) -> None:
-        """Finish the running step, have the engine forget everybody, then close transfers."""
+    def answer(self, ping: int) -> None:
+        """The router wants a sign of life."""
+        self._last_ping = ping
+        self._send_heartbeat()
+
+    def _send_heartbeat(self) -> None:
+        self._last_stats = self._policy.stats()
+        self._channel.send(messages.Heartbeat(self._last_stats, self._last_ping, self.data.turned_away))
+
+    async def stop(self) -> bool:
+        """Give up the running step, have the engine forget everybody, then close transfers. False if some source might
+        still write to the KV memory."""
         for request_id in self._policy.request_ids:
             self._steps.forget(request_id)
-        await self._loop.run_in_executor(None, self._steps.stop)
-        await self._loop.run_in_executor(None, self.data.close)
-
-    @property
-    def idle(self) -> bool:
-        return self._policy.idle
+        self._steps.end()
+        await self._loop.run_in_executor(None, self._steps.join)
+        return await self._loop.run_in_executor(None, self.data.close)
 
     def _report(self) -> None:
         """Tell the router about changed load and cached blocks."""
@@ -137,15 +147,15 @@ class WorkerLoop:
         stored, evicted = self._policy.drain_cache_events()
         if stored or evicted:
             self._channel.send(messages.KVEvents(stored, evicted))
-        stats = self._policy.stats()
-        if stats != self._last_stats:
-            self._last_stats = stats
-            self._channel.send(messages.Heartbeat(stats))
+        if self._policy.stats() != self._last_stats:
+            self._send_heartbeat()
 
     def _perform(self, action: WorkerAction) -> None:
         match action:
             case RunStep():
                 self._steps.run(action)
+            case DropRow(request_id):
+                self._steps.drop((request_id,))
             case SendTokens(outputs):
                 self._channel.send(messages.Tokens(list(outputs)))
             case SendFirstToken(output, cached, queue_seconds, prefill_seconds):
@@ -169,10 +179,9 @@ class WorkerLoop:
                 failpoint("request.over")
                 self._steps.forget(request_id)
 
-    def _push_layer(self, step: RunStep, layer: int) -> None:
+    def _push_layer(self, push: PushPages, layer: int) -> None:
         """On the compute thread: this layer is computed, its pages may leave."""
-        for push in step.pushes:
-            self.data.push(push.request_id, push.claims, push.plan, layer)
+        self.data.push(push.request_id, push.claims, push.plan, layer)
 
     def _grant(self, grant: GrantTicket, manifest: Manifest) -> None:
         claims = TicketClaims(

@@ -2,7 +2,7 @@
 
 1. connect to the router, load the engine (telling the router how far it is), take the KV memory
 2. say what is here; a refusal ends the process with the reason
-3. serve until told to shut down, until a signal (`worker.departure`), or until the router is gone
+3. serve until told to shut down, until a signal (`worker.departure`), or until the router is gone or silent
 
 This is the life of a worker that `fleet.local` supervises; `worker.joining` makes several of it.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from diptych.chaos.failpoints import failpoint
 from diptych.core.blocks import blocks_for
 from diptych.core.clock import WallClock
-from diptych.core.errors import ConfigError, HandshakeError, PeerError
+from diptych.core.errors import ConfigError, HandshakeError, PeerError, TransferError
 from diptych.core.events import AbortRequested, PrefillRequested, ReserveRequested, ServeRequested
 from diptych.core.fleet import Manifest
 from diptych.core.kv_layout import KVLayout
@@ -41,6 +41,7 @@ from diptych.worker.data_plane import DataPlane, SharedKV, share_kv
 from diptych.worker.departure import Departure
 from diptych.worker.host import host_identity
 from diptych.worker.loop import WorkerLoop
+from diptych.worker.router_watch import RouterWatch
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def kv_blocks(settings: WorkerSettings, layout: KVLayout, max_model_len: int) ->
 async def serve(
     settings: WorkerSettings, loaded: Loaded, channel: RouterChannel, leaving: Callable[[], Coroutine[Any, Any, object]]
 ) -> End:
-    """Register and serve, until the router ends it or `leaving()` does. Raises HandshakeError if refused."""
+    """Register and serve, until the router ends it or `leaving()` does. Raises HandshakeError if refused, and
+    TransferError if there must be no further life in this memory."""
     engine, kv = loaded.engine, loaded.kv
     with contextlib.closing(open_journal(settings.journal)) as journal:
         policy = _policy(settings, engine, kv)
@@ -127,9 +129,12 @@ async def serve(
                 messages.WIRE_VERSION, settings.worker_id, settings.epoch, os.getpid(), settings.role, manifest
             )
         )
-        receiving = asyncio.create_task(_receive(settings, channel, worker))
+        watch = RouterWatch(WallClock())
+        receiving = asyncio.create_task(_receive(settings, channel, worker, watch))
+        silence = asyncio.create_task(watch.until_silent())
         tasks: list[asyncio.Future[Any]] = [
             receiving,
+            silence,
             asyncio.create_task(worker.beat()),
             asyncio.create_task(leaving()),
             _first_failed_callback(),
@@ -138,12 +143,16 @@ async def serve(
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            return receiving.result() if receiving in done else End.LEFT
+            left = End.ROUTER_GONE if silence in done else End.LEFT
+            end = receiving.result() if receiving in done else left
         finally:
             for task in tasks:
                 task.cancel()
-            await worker.stop()
+            quiet = await worker.stop()
             channel.close()
+        if end is End.ROUTER_GONE and not quiet:
+            raise TransferError("a source on this host has not let go of the KV memory, so no other life may use it")
+        return end
 
 
 def _first_failed_callback() -> asyncio.Future[None]:
@@ -178,10 +187,13 @@ def _policy(settings: WorkerSettings, engine: Engine, kv: SharedKV) -> WorkerPol
     return ranks[0] if len(ranks) == 1 else DataParallelPolicy(ranks)
 
 
-async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop) -> End:
+async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: WorkerLoop, watch: RouterWatch) -> End:
     """Turn the router's messages into events, until it says to end or is gone."""
     async for message in channel:
+        watch.heard()
         match message:
+            case messages.Ping(number):
+                worker.answer(number)
             case messages.Serve(request, outputs):
                 worker.handle(ServeRequested(request, outputs))
             case messages.Reserve(request, outputs):
@@ -190,6 +202,7 @@ async def _receive(settings: WorkerSettings, channel: RouterChannel, worker: Wor
                 try:
                     claims = open_ticket(ticket, settings.key)
                 except PeerError as error:
+                    worker.data.count("forged ticket")
                     channel.send(messages.Failed(request.request_id, error.code, error.message))
                     continue
                 worker.data.open_link(claims.worker_id, claims.epoch, endpoint)

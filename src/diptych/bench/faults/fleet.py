@@ -279,18 +279,17 @@ class Fleet:
         headers = {} if answer.prefer == "auto" else {"x-diptych-prefer": answer.prefer}
         done, code = False, ""
         answer.times.append(time.monotonic())
-        try:
-            async with self.session.post("/v1/completions", json=body, headers=headers) as response:
-                if response.status != 200:
-                    code = (await response.json())["error"]["code"]
-                async for line in response.content:
-                    done = done or line.startswith(b"data: [DONE]")
-                    if line.startswith(b"data: {"):
-                        code = _take(answer, json.loads(line.removeprefix(b"data: "))) or code
-        except aiohttp.ClientError:
-            pass  # judged by what has come so far
-        except TimeoutError:
-            code = "no end"
+        with contextlib.suppress(aiohttp.ClientError):  # a broken stream is judged by what has come
+            try:
+                async with self.session.post("/v1/completions", json=body, headers=headers) as response:
+                    if response.status != 200:
+                        code = (await response.json())["error"]["code"]
+                    async for line in response.content:
+                        done = done or line.startswith(b"data: [DONE]")
+                        if line.startswith(b"data: {"):
+                            code = _take(answer, json.loads(line.removeprefix(b"data: "))) or code
+            except TimeoutError:
+                code = "no end"
         answer.judge(done=done, code=code)
         return answer
 

@@ -35,7 +35,7 @@ FLAGS = ("--max-batch-tokens", str(CHUNK_TOKENS), "--max-sequences", "16")
 
 PHASE_SECONDS = 30.0  # until the phase is reached
 RECOVERY_SECONDS = 60.0  # until the victim is back, on a busy machine
-FROZEN_SECONDS = 8.0  # a router that is stopped goes on after this; longer than any silence that is tolerated
+FROZEN_SECONDS = 8.0  # a router that is stopped goes on after this: longer than it waits for workers, not than they do
 
 VICTIMS = ("prefill", "decode", "router")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)

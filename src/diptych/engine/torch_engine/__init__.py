@@ -17,6 +17,7 @@ rope             rotary embeddings and their scalings
 plan             batch -> index tensors of one step
 dense_view       contexts of decoding sequences, kept in one piece from step to step
 attention        the one attention entry
+narrowing        rows that leave a running step
 kv_cache         blocks as tensors
 sampler          logits -> tokens
 penalties        what the sampler remembers of a log

@@ -20,28 +20,28 @@ QUERY_CHUNK = 128
 
 class PagedAttention:
     """Attention for one step: writes each layer's keys and values, reports that, then attends. With `trims`,
-    only tokens that sample attend in the last layer."""
+    only tokens that sample attend in the last layer. `plan` may be narrowed between layers."""
 
     def __init__(self, cache: KVCache, plan: StepPlan, head_dim: int, on_layer: OnLayer | None, trims: bool) -> None:
         self._cache = cache
-        self._plan = plan
+        self.plan = plan
         self._scale = head_dim**-0.5
         self._on_layer = on_layer
         self._trimmed_layer = cache.num_layers - 1 if trims else None
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See `model.Attend`."""
-        self._cache.write(layer, self._plan.writes, keys, values)
+        self._cache.write(layer, self.plan.writes, keys, values)
         if self._on_layer is not None:
             self._on_layer(layer)
         num_tokens, num_heads, head_dim = queries.shape
         num_kv_heads = keys.shape[1]
         queries = queries.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
         attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        for group in self._plan.decodes:
+        for group in self.plan.decodes:
             some = group.tokens
             attended[some] = self._decode(layer, group, queries[some], (keys[some], values[some]))
-        for chunk in self._plan.prefills:
+        for chunk in self.plan.prefills:
             self._prefill(layer, chunk, queries[chunk.tokens], attended[chunk.tokens])
         return attended.view(num_tokens, num_heads * head_dim)
 

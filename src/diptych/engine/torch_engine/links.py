@@ -22,7 +22,7 @@ from diptych.core.kv_layout import KVLayout
 from diptych.engine.torch_engine.experts import Exchange
 from diptych.engine.torch_engine.shard import Shard
 
-# A rank that dies is noticed at once (its connections end), and one that hangs is its worker's router's business.
+# A rank that dies is noticed at once (its connections end), and one that hangs by its leader (`rank_processes`).
 PATIENCE = timedelta(days=365)
 
 

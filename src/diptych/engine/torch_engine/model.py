@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,6 +26,15 @@ class Attend(Protocol):
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """Which tokens are left of a step [T'], by the numbers that they had; `outputs` numbers those left."""
+
+    tokens: Tensor
+    positions: Tensor
+    outputs: Tensor
+
+
 class Decoder:
     """A pre-norm decoder with rotary positions, grouped-query attention and a feed-forward, dense or sparse; or
     a run of its layers. The heads of `config` are those of the weights."""
@@ -39,12 +50,22 @@ class Decoder:
             raise ValueError("these layers are not the first ones")
         return functional.embedding(token_ids, self._weights.embedding)
 
-    def forward(self, hidden: Tensor, positions: Tensor, outputs: Tensor | None, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        outputs: Tensor | None,
+        attend: Attend,
+        narrow: Callable[[], Narrowed | None] | None = None,
+    ) -> Tensor:
         """Through all layers here: [T, hidden], overwritten, to [len(outputs), hidden]. `outputs` numbers the tokens
-        that are still wanted afterwards (None: all)."""
+        that are still wanted afterwards (None: all). `narrow`, asked before each layer, may leave tokens out."""
         angles = self._rotary.angles(positions, hidden.dtype)
         last = len(self._weights.layers) - 1
         for index, layer in enumerate(self._weights.layers):
+            if narrow is not None and (narrowed := narrow()) is not None:
+                hidden, outputs = hidden[narrowed.tokens], narrowed.outputs
+                angles = self._rotary.angles(narrowed.positions, hidden.dtype)
             queries, keys, values = self._project(layer, self._norm(hidden, layer.input_norm), angles)
             attended = attend(index, queries, keys, values)
             if index == last and outputs is not None:  # nobody reads the other tokens any more

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,14 @@ from pathlib import Path
 from diptych.core.errors import ConfigError, EngineCorrupt, EngineLost, ProtocolError, ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVMemory
-from diptych.core.ports import AllocateKV, OnLayer
+from diptych.core.ports import AllocateKV, OnLayer, OnLost, Unwanted
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import EngineSettings
 from diptych.engine.torch_engine import rank_messages as messages
 from diptych.engine.torch_engine.checkpoint import open_checkpoint
 from diptych.engine.torch_engine.mirror import Teller
-from diptych.engine.torch_engine.rank_processes import RankProcesses
+from diptych.engine.torch_engine.rank_processes import SILENCE_SECONDS, ProcessEnds, RankProcesses
 from diptych.engine.torch_engine.shard import Shard
 
 OnProgress = Callable[[int, int], None]
@@ -32,7 +33,10 @@ class ParallelEngine:
     """Runs steps of one model on several ranks. Not thread-safe. Get one from `load`.
 
     Anything that goes wrong on a rank, other than logits that are not finite, is an EngineLost: this engine has
-    ended its ranks then, and raises it ever after."""
+    ended its ranks then, and raises it ever after. So is a step during which all ranks are silent for
+    `silence_seconds`."""
+
+    silence_seconds = SILENCE_SECONDS
 
     def __init__(self, ranks: RankProcesses, shards: Sequence[Shard], model: ModelInfo, on_cpu: bool) -> None:
         self.model = model
@@ -42,6 +46,10 @@ class ParallelEngine:
         self._on_cpu = on_cpu
         self._tellers = [Teller() for _ in range(self.layout.data_parallel)]
         self._has_kv = False
+        self._lock = threading.Lock()  # guards the ranks, and what follows
+        self._lost: OnLost | None = None
+        self._watcher = threading.Thread(target=self._watch, args=(ranks.ends(),), name="ranks", daemon=True)
+        self._watcher.start()
 
     @classmethod
     def load(
@@ -71,21 +79,25 @@ class ParallelEngine:
     def allocate_kv(self, num_blocks: int, allocate: AllocateKV) -> tuple[KVMemory, ...]:
         """See `core.ports.Engine`. Raises ConfigError for memory that other processes cannot map."""
         memories = []
-        for shard in self._shards:
-            nbytes = len(shard.layers) * num_blocks * self.layout.block_bytes
-            content = allocate(nbytes)
-            if content.descriptor is None:
-                raise ConfigError("KV memory of several ranks has to be shared memory")
-            self._ranks.send(shard.rank, messages.TakeKV(num_blocks, nbytes), content.descriptor)
-            memories.append(KVMemory(self.layout, num_blocks, content.buffer, shard.rank))
-        for _ in self._shards:
-            self._ranks.receive()  # KVTaken
+        with self._lock:
+            for shard in self._shards:
+                nbytes = len(shard.layers) * num_blocks * self.layout.block_bytes
+                content = allocate(nbytes)
+                if content.descriptor is None:
+                    raise ConfigError("KV memory of several ranks has to be shared memory")
+                self._ranks.send(shard.rank, messages.TakeKV(num_blocks, nbytes), content.descriptor)
+                memories.append(KVMemory(self.layout, num_blocks, content.buffer, shard.rank))
+            for _ in self._shards:
+                self._ranks.receive(self.silence_seconds)  # KVTaken
         self._has_kv = True
         return tuple(memories)
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
+    ) -> list[SampledToken | None]:
         """See `core.ports.Engine`. Raises EngineCorrupt for rows with non-finite logits: the step may then be run
-        again without them."""
+        again without them. Unwanted rows stay to the end: ranks wait for each other in every layer, and would all have
+        to leave them out before the same one."""
         if not self._has_kv:
             raise ServingError("allocate_kv comes before the first step")
         if on_layer is not None and not self._on_cpu:
@@ -93,13 +105,14 @@ class ParallelEngine:
         if not batch.rows:
             return []
         step = _Step(self._shards, batch, on_layer)
-        try:
-            self._send_step(batch, on_layer is not None)
-            while step.num_running:
-                step.take(*self._ranks.receive())
-        except BaseException:
-            self._ranks.close()  # nobody knows any more what ranks are at
-            raise
+        with self._lock:
+            try:
+                self._send_step(batch, on_layer is not None)
+                while step.num_running:
+                    step.take(*self._ranks.receive(self.silence_seconds))
+            except BaseException:
+                self._ranks.close()  # nobody knows any more what ranks are at
+                raise
         if step.corrupt:
             raise EngineCorrupt(tuple(step.corrupt))
         return step.results
@@ -115,14 +128,35 @@ class ParallelEngine:
     def forget(self, request_id: str) -> None:
         """See `core.ports.Engine`."""
         knowing = {rank for rank, teller in enumerate(self._tellers) if teller.forget(request_id)}
-        for shard in self._shards:
-            if shard.data_rank in knowing:
-                with contextlib.suppress(EngineLost):  # the next step will say so
+        with self._lock, contextlib.suppress(EngineLost):  # whoever watches will hear it
+            for shard in self._shards:
+                if shard.data_rank in knowing:
                     self._ranks.send(shard.rank, messages.Forget(request_id))
+
+    def watch(self, lost: OnLost) -> None:
+        """See `core.ports.Engine`."""
+        with self._lock:
+            self._lost = lost
+            failure = self._ranks.failure
+        if isinstance(failure, EngineLost):
+            lost(failure)
+
+    def _watch(self, ends: ProcessEnds) -> None:
+        """On a thread of its own: a rank that ends while nobody speaks to it. (A step notices by itself, and may know
+        more about why.)"""
+        rank = ends.first()
+        with self._lock:
+            if self._ranks.failure is not None:
+                return
+            failure, lost = self._ranks.ended(rank), self._lost
+        if lost is not None and isinstance(failure, EngineLost):
+            lost(failure)
 
     def close(self) -> None:
         """End all ranks."""
-        self._ranks.close()
+        with self._lock:
+            self._ranks.close()
+        self._watcher.join()
 
 
 class _Step:

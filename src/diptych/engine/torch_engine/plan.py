@@ -8,9 +8,9 @@ each gathers stay in the processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, compress
 from typing import Protocol
 
 import numpy as np
@@ -71,6 +71,7 @@ class DecodeGroup:
 class PrefillChunk:
     """Consecutive tokens of one sequence that attend to all before them."""
 
+    row: int  # of the batch
     tokens: slice  # of the packed batch
     start: int  # position of the first
     samples: bool  # whether the last one's logits are wanted
@@ -91,6 +92,29 @@ class StepPlan:
     prefills: tuple[PrefillChunk, ...]
     dense: tuple[DenseContexts, ...]  # of the decodes, those to keep when the step is done
 
+    def without(self, rows: Collection[int]) -> tuple[StepPlan, Tensor]:
+        """The same without some prefill chunks, and the numbers that its tokens had before."""
+        end = self.prefills[0].tokens.start if self.prefills else len(self.token_ids)
+        left = [torch.arange(end)]
+        prefills: list[PrefillChunk] = []
+        for chunk in self.prefills:
+            if chunk.row not in rows:
+                left.append(torch.arange(chunk.tokens.start, chunk.tokens.stop))
+                prefills.append(replace(chunk, tokens=slice(end, end + len(left[-1]))))
+                end = prefills[-1].tokens.stop
+        tokens = torch.cat(left).to(self.token_ids.device)
+        sampling = [row not in rows for row in self.sampling]
+        narrowed = replace(
+            self,
+            token_ids=self.token_ids[tokens],
+            positions=self.positions[tokens],
+            writes=self.writes.view(len(self.token_ids), -1)[tokens].flatten(),
+            outputs=torch.searchsorted(tokens, self.outputs[torch.tensor(sampling, dtype=torch.bool)]),
+            sampling=tuple(compress(self.sampling, sampling)),
+            prefills=tuple(prefills),
+        )
+        return narrowed, tokens
+
 
 def plan_step(batch: Batch, layout: KVLayout, view: DenseView, device: torch.device) -> StepPlan:
     """Lay out a batch, maybe of no rows. Rows must be non-empty and their block tables long enough."""
@@ -108,7 +132,8 @@ def plan_step(batch: Batch, layout: KVLayout, view: DenseView, device: torch.dev
 
     def chunk(row: ScheduledSequence, end: int) -> PrefillChunk:
         gather = on_device(block_rows(layout, _table(row, layout)))
-        return PrefillChunk(slice(end - row.num_tokens, end), row.start, row.samples, gather)
+        tokens = slice(end - row.num_tokens, end)
+        return PrefillChunk(indices[row.sequence], tokens, row.start, row.samples, gather)
 
     return StepPlan(
         token_ids=on_device(_token_ids(packed, len(positions))),

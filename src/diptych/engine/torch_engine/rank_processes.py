@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from diptych.core.errors import CheckpointError, ConfigError, DiptychError, EngineLost, ProtocolError
 from diptych.engine.threads import thread_environment
@@ -20,20 +21,40 @@ COMMAND = (sys.executable, "-m", "diptych.engine.torch_engine.rank")
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 GRACE = 2.0  # seconds for a rank to end by itself, which takes it no time unless it has been stopped
 START_UP_ERRORS = {kind.code: kind for kind in (ConfigError, CheckpointError)}
+SILENCE_SECONDS = 120.0  # in the middle of a step; the router has moved its streams away long before
 CAUSE_SECONDS = 1.0  # for the rank that failed first to be heard after one that failed for its sake
+
+
+class ProcessEnds:
+    """The ends of some children of ours, seen from any thread."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._descriptors = [os.pidfd_open(pid) for pid in pids]
+
+    def first(self) -> int:
+        """Wait, in the kernel, until one has ended; which. To be called once."""
+        ended = select.poll()
+        for descriptor in self._descriptors:
+            ended.register(descriptor, select.POLLIN)
+        [descriptor, _], *_ = ended.poll()
+        index = self._descriptors.index(descriptor)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        return index
 
 
 class RankProcesses:
     """`count` processes. What is wrong with one of them is wrong with all, since the others cannot go on without:
-    then all are ended, and every call raises what has happened, EngineLost or (while loading) ConfigError."""
+    then all are ended, and every call raises what has happened, EngineLost or (while loading) ConfigError. `failure` is
+    that, or None. For one thread at a time."""
 
     def __init__(self, count: int) -> None:
+        self.failure: DiptychError | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[BlockingConnection[FromRank]] = []
         self._descriptors: list[int] = []  # of the connections
         self._readable = select.poll()
         self._ready: list[int] = []  # ranks that have something to say
-        self._failure: DiptychError | None = None
         for _ in range(count):
             here, there = socket_pair()
             with there:
@@ -56,20 +77,33 @@ class RankProcesses:
         except OSError as error:
             raise self._fail(rank, None) from error
 
-    def receive(self) -> tuple[int, FromRank]:
-        """What comes next from any of the ranks, and from which. Waits for as long as it takes."""
+    def receive(self, seconds: float | None = None) -> tuple[int, FromRank]:
+        """What comes next from any of the ranks, and from which. Waits for as long as it takes, or `seconds`: then one
+        of them is stuck (and mostly all the others, who wait for it)."""
         self._check()
         if not self._ready:
-            self._ready = self._poll(None)
+            self._ready = self._poll(seconds)
+        if not self._ready:
+            self.failure = EngineLost(f"no rank has said anything for {seconds:g} s: one of them is stuck")
+            self.close()
+            raise self.failure
         rank = self._ready.pop()
         message = self._receive(rank)
         if message is None or isinstance(message, Failed):
             raise self._fail(rank, message)
         return rank, message
 
+    def ends(self) -> ProcessEnds:
+        """Something that waits for the first of them to end. To be asked for before any can have been reaped."""
+        return ProcessEnds([process.pid for process in self._processes])
+
+    def ended(self, rank: int) -> DiptychError:
+        """A rank has ended while nobody was speaking to it: end all. Returns what happened."""
+        return self._fail(rank, None)
+
     def close(self) -> None:
         """End all ranks: they end when their connections do, or by force."""
-        self._failure = self._failure or EngineLost("the engine has been closed")
+        self.failure = self.failure or EngineLost("the engine has been closed")
         for connection in self._connections:
             connection.close()
         deadline = time.monotonic() + GRACE
@@ -81,8 +115,8 @@ class RankProcesses:
                 process.wait()
 
     def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def _poll(self, seconds: float | None) -> list[int]:
         """Wait for ranks that have something to say."""
@@ -102,12 +136,12 @@ class RankProcesses:
         if last_word is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._processes[rank].wait(GRACE)
-            self._failure = EngineLost(f"rank {rank} has ended ({_how(self._processes[rank].poll())})")
+            self.failure = EngineLost(f"rank {rank} has ended ({_how(self._processes[rank].poll())})")
         else:
             kind = START_UP_ERRORS.get(last_word.code, EngineLost)
-            self._failure = kind(f"rank {rank}: {last_word.message}")
+            self.failure = kind(f"rank {rank}: {last_word.message}")
         self.close()
-        return self._failure
+        return self.failure
 
     def _first_cause(self, rank: int, last_word: Failed | None) -> tuple[int, Failed | None]:
         """When a rank dies, others fail for its sake, and may be heard first: who ended without a word?"""

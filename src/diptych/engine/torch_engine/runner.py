@@ -9,7 +9,7 @@ import torch
 from diptych.core.errors import ServingError
 from diptych.core.fleet import ModelInfo
 from diptych.core.kv_layout import KVLayout, KVMemory
-from diptych.core.ports import AllocateKV, OnLayer
+from diptych.core.ports import AllocateKV, OnLayer, OnLost, Unwanted
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.core.settings import ParallelSettings
@@ -69,16 +69,21 @@ class TorchEngine:
         self._stage.take_kv(num_blocks, memory.buffer, self._dense_limit)
         return (memory,)
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
+    ) -> list[SampledToken | None]:
         """See `core.ports.Engine`. Raises EngineCorrupt for rows with non-finite logits; since a step
         changes nothing but KV of its own tokens, it may then be run again without them."""
         if on_layer is not None and self._device.type != "cpu":
             raise ServingError(f"KV in {self._device.type} memory cannot be handed off yet")
-        return self._stage.step(batch, on_layer)
+        return self._stage.step(batch, on_layer, unwanted)
 
     def forget(self, request_id: str) -> None:
         """See `core.ports.Engine`."""
         self._stage.forget(request_id)
+
+    def watch(self, lost: OnLost) -> None:
+        """It is lost when this process is."""
 
     def close(self) -> None:
         """Let go of the KV bytes, so that their owner can free them."""

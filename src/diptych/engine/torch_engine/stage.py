@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.errors import ServingError
-from diptych.core.ports import OnLayer
+from diptych.core.ports import OnLayer, Unwanted
 from diptych.core.request import SampledToken
 from diptych.core.sequence import Batch
 from diptych.engine.torch_engine.attention import PagedAttention
@@ -15,6 +15,7 @@ from diptych.engine.torch_engine.dense_view import DenseView
 from diptych.engine.torch_engine.kv_cache import KVCache
 from diptych.engine.torch_engine.links import ALONE, Links
 from diptych.engine.torch_engine.model import Decoder
+from diptych.engine.torch_engine.narrowing import Narrowing, NothingLeft
 from diptych.engine.torch_engine.plan import StepPlan, plan_step
 from diptych.engine.torch_engine.sampler import Sampler
 from diptych.engine.torch_engine.shard import Shard
@@ -62,9 +63,12 @@ class Stage:
         self._cache = KVCache(self._layout, num_blocks, storage)
         self._view = DenseView(self._layout, storage, dense_limit)
 
-    def step(self, batch: Batch, on_layer: OnLayer | None = None) -> list[SampledToken | None]:
+    def step(
+        self, batch: Batch, on_layer: OnLayer | None = None, unwanted: Unwanted | None = None
+    ) -> list[SampledToken | None]:
         """As `core.ports.Engine.step`, for the layers here, numbered from 0. Only where the shard samples does it
-        return tokens. Raises ServingError without KV memory, and EngineCorrupt once all is computed."""
+        return tokens. A stage that is linked to others must not be told what is unwanted: all would have to leave that
+        out in the same layer. Raises ServingError without KV memory, and EngineCorrupt once all is computed."""
         if self._cache is None or self._view is None:
             raise ServingError("allocate_kv comes before the first step")
         results: list[SampledToken | None] = [None] * len(batch.rows)
@@ -75,7 +79,12 @@ class Stage:
             is_last = self._shard.is_last
             attention = PagedAttention(self._cache, plan, self._layout.head_dim, on_layer, trims=is_last)
             outputs = plan.outputs if is_last else None
-            hidden = self._decoder.forward(self._enter(plan), plan.positions, outputs, attention)
+            narrow = None if unwanted is None else Narrowing(batch, attention, unwanted)
+            try:
+                hidden = self._decoder.forward(self._enter(plan), plan.positions, outputs, attention, narrow)
+            except NothingLeft:
+                return results
+            plan = attention.plan
             for contexts in plan.dense:
                 contexts.keep()
             sampled = self._leave(hidden, batch, plan)
