@@ -33,7 +33,7 @@ from diptych.engine.scripted import expected_tokens
 
 PROMPT_TOKENS, OUTPUT_TOKENS, STRIKE_AT = 3500, 200, 40
 ROUNDS = 3
-SETTLE_SECONDS = 3.0  # for canaries, once all workers are back
+SETTLE_SECONDS = 1.0  # for canaries over new pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +167,21 @@ def _gaps(times: Sequence[float]) -> list[float]:
 
 
 async def until_all_are_back(session: aiohttp.ClientSession) -> None:
-    while True:
-        if all(worker["state"] == "ready" for worker in await workers(session)):
-            break
+    """And trusted again: who was killed a few times in a minute is left alone for up to half of one."""
+    while not (await _all_are_ready(session) and await _all_are_trusted(session)):
         await asyncio.sleep(0.1)
     await asyncio.sleep(SETTLE_SECONDS)
+
+
+async def _all_are_ready(session: aiohttp.ClientSession) -> bool:
+    return all(worker["state"] == "ready" for worker in await workers(session))
+
+
+async def _all_are_trusted(session: aiohttp.ClientSession) -> bool:
+    async with session.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    breakers = [line for line in lines if line.startswith(("diptych_worker_breaker{", "diptych_pair_breaker{"))]
+    return not any(line.endswith(" 1.0") and 'state="closed"' not in line for line in breakers)
 
 
 async def _strike(session: aiohttp.ClientSession, case: Case, route: dict[str, str]) -> None:
