@@ -168,7 +168,9 @@ def _gaps(times: Sequence[float]) -> list[float]:
 
 async def until_all_are_back(session: aiohttp.ClientSession) -> None:
     """And trusted again: who was killed a few times in a minute is left alone for up to half of one."""
-    while not (await _all_are_ready(session) and await _all_are_trusted(session)):
+    while True:
+        if await _all_are_ready(session) and await _all_are_trusted(session):
+            break
         await asyncio.sleep(0.1)
     await asyncio.sleep(SETTLE_SECONDS)
 
