@@ -100,7 +100,7 @@ def test_a_target_that_does_not_read_is_replaced_without_waiting(
     with listener, plane(tmp_path, "tcp") as made:
         made.data.open_link("decode-0", 1, endpoint)
         blocks = list(range(NUM_BLOCKS))
-        made.data.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, blocks, claims.blocks, first_block=0), 0)
+        made.data.push("r1", claims, plan_transfer(LAYOUT, LAYOUT, blocks, claims.blocks, first_block=0), [0])
         with life(listener) as deaf:
             assert isinstance(deaf.receive(SECONDS), frames.Begin)
             deaf.send(frames.Go("r1", b"nonce"))

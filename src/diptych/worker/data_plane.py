@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -153,8 +153,8 @@ class DataPlane:
         new = PushLink(target, endpoint, self._identity, self._kv.memories, self._report, num_streams=self._num_streams)
         self._links[target] = (epoch, new)
 
-    def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layer: int) -> None:
-        self._link(claims).push(request_id, claims, plan, [layer])
+    def push(self, request_id: str, claims: TicketClaims, plan: TransferPlan, layers: Sequence[int]) -> None:
+        self._link(claims).push(request_id, claims, plan, layers)
 
     def close_handoff(self, request_id: str, claims: TicketClaims, token: SampledToken) -> None:
         self._link(claims).close_handoff(request_id, claims, token)

@@ -165,8 +165,7 @@ class WorkerLoop:
             case SendFailure(request_id, code, message):
                 self._channel.send(messages.Failed(request_id, code, message))
             case PushPages(request_id, claims, plan):
-                for layer in dict.fromkeys(transfer.layer for transfer in plan.layers):
-                    self.data.push(request_id, claims, plan, layer)
+                self.data.push(request_id, claims, plan, list(dict.fromkeys(part.layer for part in plan.layers)))
             case CloseHandoff(request_id, claims, token):
                 self.data.close_handoff(request_id, claims, token)
             case AbandonPush(request_id, claims):
@@ -181,7 +180,7 @@ class WorkerLoop:
 
     def _push_layer(self, push: PushPages, layer: int) -> None:
         """On the compute thread: this layer is computed, its pages may leave."""
-        self.data.push(push.request_id, push.claims, push.plan, layer)
+        self.data.push(push.request_id, push.claims, push.plan, [layer])
 
     def _grant(self, grant: GrantTicket, manifest: Manifest) -> None:
         claims = TicketClaims(
