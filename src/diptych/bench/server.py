@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -81,11 +82,13 @@ def running(command: Sequence[str], url: str) -> Iterator[RunningServer]:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that was free a moment ago. Not one of those that Linux gives to whoever asks for any (from 32768 on), so
+    that other processes of a benchmark do not get it meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def _await_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
