@@ -23,6 +23,7 @@ class Client:
         self.attempts = 0
         self.workers: dict[str, None] = {}  # that were told to begin with it
         self.engine_faults = 0
+        self.deserted_before = 0.0  # of `Router.deserted`, at the last token
 
     @property
     def request_id(self) -> str:

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diptych.core.fleet import WorkerState
-from diptych.policy.deadlines import TOTAL_TIMEOUT, Wait
+from diptych.policy.deadlines import TOTAL_TIMEOUT, Deadlines, Wait
 from diptych.policy.recovery import POISON, POISON_CRASHES
 from diptych.sim.clients import Client
 from diptych.sim.violation import Violation
 
 if TYPE_CHECKING:
     from diptych.sim.world import World
+
+CANARY_SECONDS = 5.0  # for those of a few lives, in the time that messages and steps take here
 
 Allowed = Callable[["World", Client], bool]
 
@@ -35,6 +37,12 @@ def _many_died(world: World, client: Client) -> bool:
     return world.losses + client.engine_faults >= POISON_CRASHES
 
 
+def _deserted_for_long(world: World, client: Client) -> bool:
+    """Since its last token, and in all, no worker was ready for as long as a stream waits for one; those that had come
+    back were gone again before its turn came. (A worker that is ready serves once a canary has shown that it can.)"""
+    return world.router.deserted - client.deserted_before > Deadlines().queue - CANARY_SECONDS
+
+
 def _clock_leapt(world: World, client: Client) -> bool:
     """For the router, it has waited for longer than anybody may."""
     return world.router.clock_ahead > 0
@@ -46,6 +54,7 @@ ALLOWED: dict[str, tuple[Allowed, ...]] = {
     POISON: (_many_died,),
     TOTAL_TIMEOUT: (_clock_leapt,),
     **{wait.code: (_clock_leapt,) for wait in Wait},
+    Wait.QUEUE.code: (_clock_leapt, _deserted_for_long),
 }
 
 

@@ -41,13 +41,19 @@ class Link:
 
 
 class Router:
-    """Policy, and the workers that have registered."""
+    """Policy, and the workers that have registered.
+
+    Attributes:
+        deserted: seconds, so far, during which no worker was ready.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.policy = RouterPolicy(Routing(), recovery=RecoverySettings(try_paths=True))
         self.links: dict[WorkerId, Link] = {}
         self.clock_ahead = 0.0
+        self.deserted = 0.0
+        self._deserted_since: float | None = None
         self._dead = False
         self._connected: list[Link] = []  # ever
         self._ended: list[Client] = []  # in the event at hand
@@ -153,6 +159,7 @@ class Router:
     def handle(self, event: on.RouterEvent) -> None:
         """One event: decide, do."""
         self.world.count_event(ROUTER, event)
+        self._count_deserted()
         for action in self.policy.handle(event, self.world.kernel.now + self.clock_ahead):
             self._perform(action)
         for link in self.links.values():
@@ -160,11 +167,19 @@ class Router:
                 link.state = WorkerState.LOST
                 link.down.send(messages.Shutdown())
         check_awaited(self)
+        self._count_deserted()
         self._plan_ticks()
         while self._ended:
             client = self._ended.pop()
             for worker_id in sorted(client.workers):  # in an order that a seed fixes
                 self._send(worker_id, messages.Over(client.request_id))
+
+    def _count_deserted(self) -> None:
+        now = self.world.kernel.now
+        if self._deserted_since is not None:
+            self.deserted += now - self._deserted_since
+        ready = any(view.state is WorkerState.READY for view in self.policy.workers.values())
+        self._deserted_since = None if ready else now
 
     def _plan_ticks(self) -> None:
         """A beat a second while anybody waits for anything, and one when policy has planned something."""
@@ -193,6 +208,7 @@ class Router:
             case do.Deliver(output):
                 client = self.world.clients[output.request_id]
                 client.take(output)
+                client.deserted_before = self.deserted
                 if client.finished:
                     self._ended.append(client)
             case do.DeliverFailure(request_id, error):

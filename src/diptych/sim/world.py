@@ -127,7 +127,8 @@ class World:
         self._healed_at = max(self._healed_at, self.kernel.now)
         request = spec.request
         self.tell("{} arrives: {} tokens", request.request_id, len(request.prompt_token_ids))
-        self.clients[request.request_id].submitted = True
+        client = self.clients[request.request_id]
+        client.submitted, client.deserted_before = True, self.router.deserted
         self.router.handle(RequestSubmitted(request))
         if spec.cancel_after is not None:
             self.kernel.after(spec.cancel_after, lambda: self._cancel(request.request_id))

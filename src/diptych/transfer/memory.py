@@ -33,6 +33,12 @@ def touch(memory: memoryview) -> None:
     np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE].max(initial=0)
 
 
+def scratch_memory(nbytes: int) -> memoryview:
+    """Room to work in, given back with its last view. Not out of malloc's heaps: each thread has one of its own, which
+    keeps what is freed there, and links with their threads come and go."""
+    return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 def memory_bytes(layout: KVLayout, num_blocks: int, rank: int) -> int:
     """Size of a rank's KV memory."""
     return len(layout.layers_of(rank)) * num_blocks * layout.block_bytes

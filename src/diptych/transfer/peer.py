@@ -24,6 +24,7 @@ from diptych.transfer import frames
 from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.expected import Share
 from diptych.transfer.incoming import Ending, Incoming, TicketBook
+from diptych.transfer.memory import scratch_memory
 from diptych.transfer.nixl import NixlTarget
 from diptych.wire.blocking import BlockingConnection
 from diptych.wire.messages import WIRE_VERSION
@@ -339,5 +340,5 @@ class _Stream:
 
     def _room(self, nbytes: int) -> memoryview:
         if len(self._scratch) < nbytes:
-            self._scratch = memoryview(bytearray(nbytes))
+            self._scratch = scratch_memory(nbytes)
         return self._scratch[:nbytes]

@@ -15,7 +15,7 @@ from diptych.policy.resharding import incompatibilities
 from diptych.transfer import frames
 from diptych.transfer.digest import span_digests, unit_digests
 from diptych.transfer.local import LocalEndpoint
-from diptych.transfer.memory import map_memory
+from diptych.transfer.memory import map_memory, scratch_memory
 from diptych.transfer.nixl import TRANSPORTS
 from diptych.transfer.nixl_link import nixl_writer
 from diptych.transfer.pieces import FRAME_BYTES, Piece
@@ -139,7 +139,7 @@ class Stream:
     def _stage(self, places: Places, layer: memoryview, used: int) -> memoryview:
         """Gather scattered bytes. Good until the next frame."""
         if len(self._scratch) < used + places.nbytes:  # what is in the old one stays there until it is sent
-            self._scratch = memoryview(bytearray(max(FRAME_BYTES, used + places.nbytes)))
+            self._scratch = scratch_memory(max(FRAME_BYTES, used + places.nbytes))
         staged = self._scratch[used : used + places.nbytes]
         places.gather(layer, staged)
         return staged
